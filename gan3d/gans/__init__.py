@@ -1,0 +1,66 @@
+"""3D-aware GANs, one paper, one file. What they agree on is the `Generator` protocol; no base class."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gan3d.cameras import Camera
+from gan3d.cost import Cost
+from gan3d.rays import Patch
+from gan3d.rendering import Field
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a generator shows. rgb and raw lie in [−1, 1]; raw is the image before the upsampler (rgb where none)."""
+
+    rgb: Float[Tensor, "b 3 h w"]
+    raw: Float[Tensor, "b 3 hr wr"]
+    depth: Float[Tensor, "b hr wr"]  # Σ weight·t along the ray, scene units
+    opacity: Float[Tensor, "b hr wr"]
+
+
+class Verdict(NamedTuple):
+    """What a discriminator says: the logit, and where the paper has such heads its guess of latent and pose."""
+
+    logit: Tensor  # [b]
+    latent: Tensor | None = None  # [b z_dim]
+    pose: Tensor | None = None  # [b 2], polar and azimuth in radians
+
+
+class Generator(Protocol):
+    """z → mapping → ws; ws and a camera → synthesis → Images. An nn.Module with these methods."""
+
+    z_dim: int
+
+    def mapping(self, z: Tensor, camera_condition: Camera | None = None, truncation_psi: float = 1.0) -> Tensor:
+        """Latents `[b z_dim]` to `ws`; truncation moves them towards their mean."""
+        ...
+
+    def field(self, ws: Tensor) -> Field:
+        """The object itself: density and colour anywhere, with the latents bound."""
+        ...
+
+    def synthesis(self, ws: Any, camera: Camera, resolution: int, patch: Patch | None = None) -> Images:
+        """Pictures of side `resolution`, or of the patch's pixels of such a picture. Random only in training mode."""
+        ...
+
+    def regularizers(self, ws: Tensor, step: int) -> dict[str, Tensor]:
+        """Extra losses of this paper, already weighted; usually none."""
+        ...
+
+    def before_step(self, step: int) -> None:
+        """Set what the paper schedules inside the generator (density noise, sampling interval …)."""
+        ...
+
+    def cost(self, resolution: int) -> Cost:
+        """H×W × K × L of one frame, counted."""
+        ...
+
+
+class Discriminator(Protocol):
+    """Images `[b 3 h w]` in [−1, 1] at any of its resolutions → Verdict. `fade` in [0, 1] blends a new resolution in."""
+
+    def __call__(self, images: Tensor, fade: float = 1.0, camera: Camera | None = None) -> Verdict: ...
