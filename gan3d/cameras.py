@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Number = int | float  # what a config may say where a float is meant
 AXES = {"x": (1.0, 0.0, 0.0), "y": (0.0, 1.0, 0.0), "z": (0.0, 0.0, 1.0)}
 
 
@@ -32,7 +33,7 @@ class Camera(NamedTuple):
         return Camera(self.camera_to_world[item], self.intrinsics[item])
 
 
-def intrinsics_from_fov(fov_degrees: float, aspect: float = 1.0) -> Float[Tensor, "3 3"]:
+def intrinsics_from_fov(fov_degrees: Number, aspect: Number = 1.0) -> Float[Tensor, "3 3"]:
     """Normalised intrinsics of a centred camera. `fov_degrees` is horizontal; `aspect` is width / height."""
     if not 0 < fov_degrees < 180:
         raise ValueError(f"fov_degrees must lie between 0 and 180, got {fov_degrees}")
@@ -40,7 +41,7 @@ def intrinsics_from_fov(fov_degrees: float, aspect: float = 1.0) -> Float[Tensor
     return torch.tensor([[focal, 0.0, 0.5], [0.0, focal * aspect, 0.5], [0.0, 0.0, 1.0]])
 
 
-def look_at(eye: Float[Tensor, "*b 3"], target: Float[Tensor, "*#b 3"], up: str | Sequence[float] = "z"):
+def look_at(eye: Float[Tensor, "*b 3"], target: Float[Tensor, "*#b 3"], up: str | Sequence[Number] = "z"):
     """camera_to_world `[*b 4 4]` of a camera at `eye` that sees `target` in its centre, `up` pointing up in the image.
 
     Straight above or below the target `up` says nothing about the roll; the camera's right is then a fixed axis.
@@ -58,7 +59,7 @@ def look_at(eye: Float[Tensor, "*b 3"], target: Float[Tensor, "*#b 3"], up: str 
 
 
 def sphere_point(
-    azimuth: Float[Tensor, "*b"], polar: Float[Tensor, "*b"], radius: Float[Tensor, "*b"] | float = 1.0, up: str = "z"
+    azimuth: Float[Tensor, "*b"], polar: Float[Tensor, "*b"], radius: Float[Tensor, "*b"] | Number = 1.0, up: str = "z"
 ) -> Float[Tensor, "*b 3"]:
     """The point at `azimuth` (radians, from +x towards the other horizontal axis) and `polar` (radians, from `up`)."""
     across, height = torch.sin(polar), torch.cos(polar)

@@ -8,15 +8,16 @@ data set hands over the poses of its photographs.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gan3d.cameras import Camera, intrinsics_from_fov, look_at, sphere_angles, sphere_point
+from gan3d.cameras import Camera, Number, intrinsics_from_fov, look_at, sphere_angles, sphere_point
 
 
+@runtime_checkable
 class PosePrior(Protocol):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Camera: ...
     def path(self, frames: int) -> Camera: ...
@@ -28,8 +29,8 @@ class PosePrior(Protocol):
 class Uniform:
     """An angle between `low` and `high` degrees, all equally likely."""
 
-    low: float
-    high: float
+    low: Number
+    high: Number
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.deg2rad(self.low + (self.high - self.low) * u)
@@ -39,8 +40,8 @@ class Uniform:
 class UniformArea:
     """A polar angle between `low` and `high` degrees, equally likely per area of the sphere: uniform in its cosine."""
 
-    low: float
-    high: float
+    low: Number
+    high: Number
 
     def quantile(self, u: Tensor) -> Tensor:
         top, bottom = math.cos(math.radians(self.low)), math.cos(math.radians(self.high))
@@ -51,8 +52,8 @@ class UniformArea:
 class Gaussian:
     """An angle of the given `mean` and standard deviation `std`, in degrees."""
 
-    mean: float
-    std: float
+    mean: Number
+    std: Number
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.deg2rad(self.mean + self.std * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
@@ -69,12 +70,12 @@ class Spherical:
         up: "z" or "y", the axis that points up in this world.
     """
 
-    radius: float | Sequence[float]
+    radius: Number | Sequence[Number]
     azimuth: Uniform | Gaussian
     polar: Uniform | UniformArea | Gaussian
-    fov_degrees: float
+    fov_degrees: Number
     up: str = "z"
-    target: Sequence[float] = field(default=(0.0, 0.0, 0.0))
+    target: Sequence[Number] = field(default=(0.0, 0.0, 0.0))
 
     def __post_init__(self):
         if self.up not in ("y", "z"):
@@ -111,7 +112,7 @@ class Spherical:
         """The prior is given in numbers; the data's poses do not change it."""
 
     @property
-    def radius_range(self) -> tuple[float, float]:
+    def radius_range(self) -> tuple[Number, Number]:
         return (self.radius[0], self.radius[1]) if isinstance(self.radius, Sequence) else (self.radius, self.radius)
 
     def __str__(self) -> str:
@@ -123,7 +124,7 @@ class Spherical:
 class FromData:
     """The poses of the data set itself, drawn with replacement. `up` and `target` serve orbits and angles only."""
 
-    def __init__(self, *, up: str = "y", target: Sequence[float] = (0.0, 0.0, 0.0)):
+    def __init__(self, *, up: str = "y", target: Sequence[Number] = (0.0, 0.0, 0.0)):
         self.up, self.target = up, tuple(target)
         self.cameras: Camera | None = None
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gan3d.cameras import Camera
+from gan3d.cameras import Camera, Number
 
 PixelGrid = Literal["centre", "corner", "integer"]
 
@@ -47,12 +47,12 @@ class Bounds:
         background: rgb in [0, 1] behind the scene; None leaves it to the model (black where nothing is).
     """
 
-    near: float
-    far: float
+    near: Number
+    far: Number
     planar: bool = False
-    aabb: Sequence[Sequence[float]] | None = None
-    reference_radius: float | None = None
-    background: Sequence[float] | None = None
+    aabb: Sequence[Sequence[Number]] | None = None
+    reference_radius: Number | None = None
+    background: Sequence[Number] | None = None
 
     def __post_init__(self):
         if not 0 <= self.near < self.far:
@@ -157,10 +157,10 @@ class PatchSampler:
     """
 
     size: int
-    min_scale: float
-    annealing: float
+    min_scale: Number
+    annealing: Number
 
-    def lowest(self, step: int) -> float:
+    def lowest(self, step: int) -> Number:
         return min(0.9, max(self.min_scale, math.exp(-3 * self.annealing * (step // 1000))))
 
     def sample(self, n: int, step: int, device=None) -> Patch:

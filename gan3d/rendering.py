@@ -1,7 +1,7 @@
 """Asking a field along rays: the Field protocol, rays that miss, chunks in bounded memory, normals."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from gan3d.rays import Rays
 from gan3d.volume import Rendering
 
 
+@runtime_checkable
 class Field(Protocol):
     """Density and features anywhere in space. Latents are bound when the field is made; a field knows no cameras.
 

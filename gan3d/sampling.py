@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gan3d.cameras import Number
 from gan3d.rays import Rays
 
 LAST_DELTA = 1e10  # closes the ray: whatever is dense at the last sample hides what lies behind (NeRF)
@@ -42,7 +43,7 @@ def spread(rays: Rays, samples: int, jitter: Literal["none", "strata", "offset"]
     raise ValueError(f"jitter must be 'none', 'strata' or 'offset', got {jitter!r}")
 
 
-def deltas(t: Float[Tensor, "*b s"], last: float = LAST_DELTA) -> Float[Tensor, "*b s"]:
+def deltas(t: Float[Tensor, "*b s"], last: Number = LAST_DELTA) -> Float[Tensor, "*b s"]:
     """Distance from each sample to the next; `last` for the final one, 1e10 to close the ray."""
     return torch.cat([t[..., 1:] - t[..., :-1], torch.full_like(t[..., :1], last)], dim=-1)
 

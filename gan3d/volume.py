@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gan3d.cameras import Number
+
 
 @dataclass(frozen=True)
 class Rendering:
@@ -37,7 +39,7 @@ def accumulate(
     weights: Float[Tensor, "*b n s"],
     features: Float[Tensor, "*b n s c"],
     t: Float[Tensor, "*b n s"],
-    background: Sequence[float] | Tensor | None = None,
+    background: Sequence[Number] | Tensor | None = None,
 ) -> Rendering:
     """The weighted sums along each ray; what light is left takes the colour of `background` (None: black)."""
     opacity = weights.sum(-1)

@@ -1,7 +1,7 @@
 """3D-aware GANs, one paper, one file. What they agree on is the `Generator` protocol; no base class."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -30,6 +30,7 @@ class Verdict(NamedTuple):
     pose: Tensor | None = None  # [b 2], polar and azimuth in radians
 
 
+@runtime_checkable
 class Generator(Protocol):
     """z → mapping → ws; ws and a camera → synthesis → Images. An nn.Module with these methods."""
 
@@ -60,6 +61,7 @@ class Generator(Protocol):
         ...
 
 
+@runtime_checkable
 class Discriminator(Protocol):
     """Images `[b 3 h w]` in [−1, 1] at any of its resolutions → Verdict. `fade` in [0, 1] blends a new resolution in."""
 

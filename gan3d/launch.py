@@ -1,0 +1,273 @@
+"""What every verb does around its work: check the command line, compose the config, name the run, load a checkpoint.
+
+Imports nothing heavy at the top, so that `--help` answers at once.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EMBEDDED = "cars"  # the data set that ships with the project
+
+
+class Stop(SystemExit):
+    """Ends a verb with a message for the user instead of a traceback."""
+
+    def __init__(self, message: object):
+        super().__init__(f"\n{message}\n")
+
+
+def main(run: Callable[[Any], None], config_name: str) -> None:
+    """Run a verb under Hydra: wrong keys stop at once and name the nearest right one; known failures read as text."""
+    import hydra
+    from hydra.errors import HydraException
+
+    sys.argv[1:] = with_default_scale(sys.argv[1:])
+    looking = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc"}
+    if not looking & set(sys.argv[1:]):
+        check(config_name, [a for a in sys.argv[1:] if not a.startswith("-")])
+
+    def guarded(cfg: Any) -> None:
+        try:
+            run(cfg)
+        except (FileNotFoundError, ValueError, HydraException) as error:
+            if os.environ.get("GAN3D_TRACEBACK"):
+                raise
+            cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+            raise Stop(f"{cause}\n(GAN3D_TRACEBACK=1 shows where)") from None
+
+    guarded.__module__ = run.__module__
+    hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)(guarded)()
+
+
+def with_default_scale(arguments: list[str]) -> list[str]:
+    """The embedded data set is trained at scale=mini unless the user says otherwise; everything else at scale=paper."""
+    given = dict(a.split("=", 1) for a in arguments if "=" in a and not a.startswith("-"))
+    if "scale" in given or given.get("data", EMBEDDED) != EMBEDDED or "resume" in given or "checkpoint" in given:
+        return arguments
+    return [*arguments, "scale=mini"] if Path(sys.argv[0]).name in ("train.py", "") else arguments
+
+
+def check(config_name: str, overrides: list[str]) -> None:
+    """Compose once with the overrides; a failure becomes one sentence with the nearest right key or choice."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    first = [re.sub(r"^([^=]+)=([^,\[\]{}()]+),.*$", r"\1=\2", o) for o in overrides]  # of a sweep, its first job
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        try:
+            compose(config_name, first)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise Stop(explain(error, config_name, first, compose)) from None
+
+
+def explain(error: Exception, config_name: str, overrides: list[str], compose: Callable) -> str:
+    """The error in the user's terms, with a suggestion."""
+    from omegaconf import OmegaConf
+
+    text = str(error)
+    groups = sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and any(p.glob("*.yaml")))
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.lstrip("+~")
+        if key in groups and not (CONFIGS / key / f"{value}.yaml").exists():
+            choices = sorted(p.stem for p in (CONFIGS / key).glob("*.yaml"))
+            return f"{key}={value}: no such {key}. {nearest(value, choices)}Choices: {', '.join(choices)}."
+    chosen = [o for o in overrides if o.split("=")[0].lstrip("+~") in groups]
+    try:
+        keys = list(flat_keys(OmegaConf.to_container(compose(config_name, chosen), resolve=False)))
+    except Exception:
+        return text
+    for override in overrides:
+        key = override.split("=")[0]
+        if not key.startswith(("+", "~")) and key not in groups and key not in keys:
+            return f"{key}: no such key. {nearest(key, keys + groups)}`--cfg job` prints every key."
+    return text
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    found = difflib.get_close_matches(word, choices, 1, 0.5)
+    if not found:  # perhaps only the last part is right: lr_g for model.lr_g
+        found = [c for c in choices if c.split(".")[-1] == word.split(".")[-1]][:1]
+    return f"Did you mean {found[0]}? " if found else ""
+
+
+def flat_keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield f"{prefix}{key}"
+            yield from flat_keys(value, f"{prefix}{key}.")
+
+
+# Runs
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A config as plain dicts, lists and numbers: what a checkpoint may hold and `weights_only` can read."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)  # type: ignore
+
+
+def start(cfg: Any) -> tuple[dict[str, Any], Path]:
+    """(config, folder) of a new run, or of the run that `resume` names with this command line's changes on top."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    ours = os.environ.get("GAN3D_RUN")
+    if ours and "LOCAL_RANK" in os.environ:  # another process of the same run has made the folder already
+        return plain(OmegaConf.load(Path(ours) / "config.yaml")), Path(ours)
+    if cfg.resume is None:
+        config = plain(cfg)
+        folder = new_folder(Path(config["runs"]), config["name"])
+    else:
+        folder = run_folder(cfg.resume)
+        changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
+        groups = [o for o in changes if (CONFIGS / o.split("=")[0].lstrip("+~")).is_dir()]
+        if groups:
+            raise Stop(f"resume goes on with the run's own configuration; {groups[0]} cannot change it")
+        saved = OmegaConf.load(folder / "config.yaml")
+        config = plain(OmegaConf.merge(saved, OmegaConf.from_dotlist(changes)))
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    os.environ["GAN3D_RUN"] = str(folder)
+    return config, folder
+
+
+def progress(checkpoint: Path) -> dict[str, Any]:
+    """How far a run had come when `checkpoint` was written; nowhere if there is none."""
+    import torch
+
+    if not checkpoint.exists():
+        return {"step": 0, "images_seen": 0, "seconds": 0.0}
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["progress"]
+
+
+def strategy(settings: Mapping[str, Any]) -> str:
+    """Lightning's strategy. Several devices: a GAN's unused parameters need the DDP that looks for them."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if settings["devices"] in (1, "1"):
+        return settings["strategy"]
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise Stop("--multirun with several devices would start a sweep on every one of them. Start one run after "
+                   "another (a shell loop over seed=…), or sweep with trainer.devices=1.")
+    return "ddp_find_unused_parameters_true" if settings["strategy"] == "auto" else settings["strategy"]
+
+
+def device(name: str) -> Any:
+    import torch
+
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def farewell(folder: Path, history: list[tuple[int, str, float]], module: Any) -> str:
+    """The last words of a training run: how the metric moved, and where everything is."""
+    lines = [f"\n{module.step} steps, {module.images_seen / 1000:.1f} thousand images, {module.seconds / 60:.1f} minutes "
+             "of training."]
+    for name in dict.fromkeys(metric for _, metric, _ in history):
+        values = [value for _, metric, value in history if metric == name]
+        lines.append(f"{name}: {values[0]:.2f} before training, {values[-1]:.2f} now.")
+    made = [name for name in ("samples.png", "depth.png", "orbit.mp4", "metrics.json") if (folder / name).exists()]
+    lines.append(f"Look at {folder}/: {', '.join(made)}.  More: python render.py checkpoint={folder}")
+    return "\n".join(lines)
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """parent/name-0, -1, …: the first that does not exist, made now."""
+    for number in range(10_000):
+        folder = parent / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise Stop(f"{parent} holds ten thousand runs of {name}")
+
+
+def run_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    folder = folder.parent.parent if folder.is_file() else folder
+    if not (folder / "config.yaml").exists():
+        raise Stop(f"{path} is no run: {folder / 'config.yaml'} does not exist. Runs lie in runs/, one folder each.")
+    return folder
+
+
+@dataclass
+class Run:
+    """A trained generator, ready to look at: in evaluation mode, its averaged weights, with the poses of its data."""
+
+    generator: Any
+    poses: Any
+    config: dict[str, Any]
+    resolution: int
+    step: int
+    seconds: float
+    folder: Path
+    name: str
+
+
+def load_run(checkpoint: str | Path, cfg: Any = None) -> Run:
+    """A run's folder, one of its checkpoints, or an official weight file.
+
+    `cfg` is the verb's composed config. Of our own runs it changes only what the command line names under `data` and
+    `model`; for official weights, which carry no config, it is the configuration.
+    """
+    import torch
+    from hydra.utils import instantiate
+
+    from gan3d import checkpoints
+
+    path = Path(checkpoint)
+    if path.is_dir() and (path / "checkpoints" / "last.ckpt").exists():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.exists():
+        raise Stop(f"checkpoint={checkpoint}: no such file or run. Runs lie in runs/, one folder each.")
+    if checkpoints.is_ours(path):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        config = with_changes(saved["config"], cfg)
+        prefix = "averages.0.average."
+        state = {k[len(prefix):]: v for k, v in saved["state_dict"].items() if k.startswith(prefix)}
+        progress, cameras, folder = saved["progress"], saved["cameras"], path.parent.parent
+    else:
+        if cfg is None:
+            raise Stop(f"{path} is not one of our runs: say which method it belongs to, for instance model=graf")
+        config = plain(cfg)
+        weights = checkpoints.load_official(path, config["choices"]["model"])
+        state = weights.get("generator_ema") or weights["generator"]
+        progress, cameras, folder = {"step": 0, "seconds": 0.0}, None, path.parent
+    generator = instantiate(config["model"]["generator"], _convert_="all")
+    try:
+        generator.load_state_dict(state)
+    except RuntimeError as error:
+        raise Stop(f"{path} does not fit this generator (for the authors' weights use scale=paper):\n{error}") from None
+    generator.before_step(progress["step"])
+    poses = instantiate(config["model"]["poses"], _convert_="all")
+    if cameras is not None:
+        from gan3d.cameras import Camera
+
+        poses.observe(Camera(*cameras))
+    choices = config["choices"]
+    return Run(generator.eval().requires_grad_(False), poses, config, config["data"]["resolution"], progress["step"],
+               progress["seconds"], folder, f"{choices['model']}_{choices['data']}")
+
+
+def with_changes(config: dict[str, Any], cfg: Any) -> dict[str, Any]:
+    """A saved config with what this command line says about `data` and `model` on top."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    if cfg is None or not HydraConfig.initialized():
+        return config
+    given = HydraConfig.get().overrides.task
+    if any(o.startswith("data=") for o in given):
+        config = {**config, "data": plain(cfg)["data"], "choices": {**config["choices"], "data": cfg.choices.data}}
+    dotted = [o for o in given if o.startswith(("data.", "model."))]
+    return plain(OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(dotted)))

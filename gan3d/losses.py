@@ -1,0 +1,65 @@
+"""What is minimised: the non-saturating adversarial loss, R1, and GRAF's and π-GAN's variants of both as numbers."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from gan3d.cameras import Number
+
+
+def generator_loss(logit_fake: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """Non-saturating loss of the generator, per image: softplus(−D(fake)). Goodfellow et al. (2014), sec. 3."""
+    return F.softplus(-logit_fake)
+
+
+def discriminator_loss(logit_real: Float[Tensor, " b"], logit_fake: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+    """softplus(D(fake)) + softplus(−D(real)), batch means: binary cross entropy with logits, in one line."""
+    return F.softplus(logit_fake).mean() + F.softplus(-logit_real).mean()
+
+
+@dataclass(frozen=True)
+class R1:
+    """Gradient penalty on real images. Mescheder et al. (2018), eq. 9: weight · E‖∂D/∂x‖².
+
+    Args:
+        weight: the whole factor (a paper's γ/2 where it writes γ/2).
+        reduction: "per_image" sums a picture's squared gradients; "per_pixel" divides them by its pixels, which is
+            what GRAF's code does by laying pixels out as rows: 1/1024 of the penalty for a 32² patch.
+        every: lazy regularisation; computed every so many steps, and multiplied by as many.
+    """
+
+    weight: Number
+    reduction: Literal["per_image", "per_pixel"] = "per_image"
+    every: int = 1
+
+    def due(self, step: int) -> bool:
+        return self.weight > 0 and step % self.every == 0
+
+    def __call__(self, images: Float[Tensor, "b c h w"], logit: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """`logit` must have been computed from `images`, which must require gradients."""
+        (gradient,) = torch.autograd.grad(logit.sum(), images, create_graph=True)
+        penalty = gradient.square().sum((1, 2, 3)).mean()
+        if self.reduction == "per_pixel":
+            penalty = penalty / (images.shape[-1] * images.shape[-2])
+        return self.weight * self.every * penalty
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the best-judged fakes of a batch in the generator's loss (Sinha et al., 2020; π-GAN's code).
+
+    The kept share is max(decay^(step / interval), floor).
+    """
+
+    interval: int
+    floor: Number
+    decay: Number = 0.99
+
+    def kept(self, batch: int, step: int) -> int:
+        share = max(self.decay ** (step / self.interval), self.floor)
+        return max(1, min(batch, math.ceil(batch * share)))

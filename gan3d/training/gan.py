@@ -1,0 +1,278 @@
+"""One Lightning module trains every GAN of the suite: what differs between papers is handed in as objects and numbers.
+
+A step is one discriminator update on real and fake images and one generator update on fresh latents and cameras.
+`step` counts generator updates; it and `images_seen` are kept in the checkpoint (Lightning's global_step counts both
+optimisers). All randomness of a step is a function of (seed, step, rank): nothing of it has to be saved, pictures and
+metrics in between cannot disturb it, and a run that was killed goes on to the numbers it would have had.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gan3d.cameras import Camera, Number
+from gan3d.gans import Verdict
+from gan3d.losses import R1, TopK, discriminator_loss, generator_loss
+from gan3d.poses import PosePrior
+from gan3d.rays import Patch, PatchSampler
+from gan3d.training.ema import EMA
+from gan3d.training.schedule import Steps
+
+
+class Fakes(NamedTuple):
+    images: Tensor  # [b 3 h w] in [−1, 1]
+    z: Tensor
+    camera: Camera
+    ws: Tensor
+
+
+class GANModule(pl.LightningModule):
+    """Generator × discriminator × poses × losses × schedule.
+
+    Args:
+        generator, discriminator: see the protocols in `gan3d.gans`.
+        poses: the prior from which cameras are drawn.
+        resolution, batch_size, lr_g, lr_d: a number, or a schedule {step: value}; batch_size counts all processes.
+        fade_steps: how long a new resolution is blended into the discriminator (0: not at all).
+        optimizer_g, optimizer_d: partials that take the parameters (their lr is set by the schedule).
+        ema: averages of the generator, [{decay, warmup}, …]; the first is the one that is evaluated and shown.
+        patch: draw K×K pixel grids instead of whole images (GRAF).
+        pose_weight, latent_weight: weights of the discriminator's pose head (radians²) and latent head, on fakes.
+        top_k: keep only the best-judged fakes in the generator's loss.
+        clip_grad_norm: largest norm of either network's gradient.
+        splits: generate and back-propagate the batch in so many parts (same gradient, less memory).
+        downsample: how photographs reach a lower stage: "area", or "nearest" as π-GAN's code has it.
+        seed: of everything random in training.
+        total_steps, budget_minutes: training ends at whichever comes first.
+    """
+
+    def __init__(
+        self,
+        *,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        poses: PosePrior,
+        resolution: int | Mapping[int, int],
+        batch_size: int | Mapping[int, int],
+        lr_g: Number | Mapping[int, Number],
+        lr_d: Number | Mapping[int, Number],
+        optimizer_g: Callable[..., torch.optim.Optimizer],
+        optimizer_d: Callable[..., torch.optim.Optimizer],
+        r1: R1,
+        ema: Sequence[Mapping[str, Any]],
+        total_steps: int,
+        budget_minutes: Number | None = None,
+        patch: PatchSampler | None = None,
+        fade_steps: int = 0,
+        pose_weight: Number = 0.0,
+        latent_weight: Number = 0.0,
+        top_k: TopK | None = None,
+        clip_grad_norm: Number | None = None,
+        splits: int | Mapping[int, int] = 1,
+        downsample: str = "area",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.discriminator, self.poses = generator, discriminator, poses
+        self.resolution, self.batch_size, self.splits = Steps(resolution), Steps(batch_size), Steps(splits)
+        self.lr_g, self.lr_d = Steps(lr_g), Steps(lr_d)
+        self.optimizer_g, self.optimizer_d = optimizer_g, optimizer_d
+        self.averages = nn.ModuleList(EMA(generator, **average) for average in ema)
+        if not self.averages:
+            raise ValueError("ema needs at least one average: it is the generator that is evaluated")
+        self.patch, self.r1, self.top_k, self.fade_steps = patch, r1, top_k, fade_steps
+        self.pose_weight, self.latent_weight = pose_weight, latent_weight
+        self.clip_grad_norm, self.downsample, self.seed = clip_grad_norm, downsample, seed
+        self.total_steps, self.budget_minutes = total_steps, budget_minutes
+        self.step, self.images_seen, self.seconds = 0, 0, 0.0
+        self.config: dict[str, Any] = {}  # as composed; the verb sets it, so that a checkpoint rebuilds its generator
+        self.last: dict[str, Tensor] = {}  # of the latest step, for the dashboard
+        self._clock = 0.0
+
+    # What Lightning asks for
+
+    def configure_optimizers(self):
+        return (self.optimizer_g(self.generator.parameters(), lr=self.lr_g(0)),
+                self.optimizer_d(self.discriminator.parameters(), lr=self.lr_d(0)))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        cameras = getattr(self.poses, "cameras", None)
+        checkpoint["config"] = self.config
+        checkpoint["cameras"] = None if cameras is None else list(cameras)
+        checkpoint["progress"] = {"step": self.step, "images_seen": self.images_seen, "seconds": self.seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        for name, value in checkpoint["progress"].items():
+            setattr(self, name, value)
+
+    def on_train_start(self) -> None:
+        self._clock = time.perf_counter()
+        if self.step >= self.total_steps:
+            self.trainer.should_stop = True
+
+    def training_step(self, batch, batch_index: int) -> None:
+        started = time.perf_counter()
+        self.before_step()
+        optimizer_g, optimizer_d = self.optimizers()
+        self.update_discriminator(optimizer_d, batch.images)
+        self.update_generator(optimizer_g, len(batch.images))
+        self.step += 1
+        self.images_seen += len(batch.images) * self.trainer.world_size
+        self.seconds += time.perf_counter() - started
+        out_of_time = self.budget_minutes is not None and self.seconds >= 60 * self.budget_minutes
+        if self.step >= self.total_steps or self.trainer.strategy.reduce_boolean_decision(out_of_time, all=False):
+            self.trainer.should_stop = True
+
+    # The step, readable from top to bottom
+
+    def before_step(self) -> None:
+        """Schedules, and this step's own randomness."""
+        for optimizer, lr in zip(self.optimizers(), (self.lr_g, self.lr_d), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr(self.step)
+        self.generator.before_step(self.step)
+
+    def update_discriminator(self, optimizer, photographs: Tensor) -> None:
+        self.discriminator.requires_grad_(True)
+        optimizer.zero_grad(set_to_none=True)
+        draws = self.draw(len(photographs), "d")
+        real = self.real_images(photographs, draws)
+        with torch.no_grad():
+            parts = [self.generate(part) for part in draws.split(self.splits(self.step))]
+        due = self.r1.due(self.step)
+        real.requires_grad_(due)
+        on_real = self.judge(real)
+        penalty = self.r1(real, on_real.logit) if due else real.new_zeros(())
+        fakes = [(self.judge(part.images), part) for part in parts]
+        logit_fake = torch.cat([verdict.logit for verdict, _ in fakes])
+        heads = torch.stack([self.head_losses(verdict, part) for verdict, part in fakes]).mean()
+        loss = discriminator_loss(on_real.logit, logit_fake)
+        self.manual_backward(loss + penalty + heads)
+        self.take_step(optimizer, self.discriminator)
+        self.last.update(logit_real=on_real.logit.detach(), logit_fake=logit_fake.detach())
+        self.log_dict({"train/loss_d": loss.detach(), "train/logit_real": on_real.logit.mean().detach(),
+                       "train/logit_fake": logit_fake.mean().detach()})
+        if due:
+            self.log("train/reg_r1", penalty.detach())
+
+    def update_generator(self, optimizer, batch: int) -> None:
+        self.discriminator.requires_grad_(False)  # its gradients are not needed, so they are not computed
+        optimizer.zero_grad(set_to_none=True)
+        parts = self.draw(batch, "g").split(self.splits(self.step))
+        total = 0.0
+        for part in parts:
+            fakes = self.generate(part)
+            verdict = self.judge(fakes.images)
+            losses = generator_loss(verdict.logit)
+            if self.top_k is not None:
+                losses = losses.topk(self.top_k.kept(len(losses), self.step), largest=False).values
+            regularizers = self.generator.regularizers(fakes.ws, self.step)
+            loss = losses.mean() + self.head_losses(verdict, fakes)
+            self.manual_backward((loss + sum(regularizers.values())) / len(parts))
+            total = total + losses.mean().detach() / len(parts)
+            for name, value in regularizers.items():
+                self.log(f"train/{name}", value.detach())
+        self.take_step(optimizer, self.generator)
+        for average in self.averages:
+            average.update(self.generator)
+        self.log("train/loss_g", total)
+
+    def take_step(self, optimizer, network: nn.Module) -> None:
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), self.clip_grad_norm)
+        optimizer.step()
+
+    # Its pieces
+
+    def draw(self, batch: int, phase: str) -> "Draws":
+        """Latents, cameras and patches of this process's share of the batch.
+
+        They are drawn for all processes alike and each keeps its own, so a run does not depend on their number; what
+        is random inside the generator (jitter, density noise) then differs between them.
+        """
+        world, rank = self.trainer.world_size, self.global_rank
+        self.reseed(phase)
+        z = torch.randn(batch * world, self.generator.z_dim)
+        camera = self.poses.sample(batch * world)
+        patches = [None, None]
+        if self.patch is not None:
+            patches = [self.patch.sample(batch * world, self.step) for _ in range(2)]
+        share = slice(rank * batch, (rank + 1) * batch)
+        drawn = Draws(z[share], camera[share], *(p and Patch(p.scale[share], p.offset[share], p.size) for p in patches))
+        self.reseed(phase, rank)
+        return drawn.to(self.device)
+
+    def reseed(self, *key: Any) -> None:
+        digest = hashlib.sha256(repr((self.seed, self.step, *key)).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:4], "little"))
+
+    def generate(self, draws: "Draws") -> Fakes:
+        ws = self.generator.mapping(draws.z, draws.camera)
+        images = self.generator.synthesis(ws, draws.camera, self.resolution_now(), draws.patch)
+        return Fakes(images.rgb, draws.z, draws.camera, ws)
+
+    def real_images(self, photographs: Tensor, draws: "Draws") -> Tensor:
+        """uint8 photographs `[b 3 h w]` at the data's resolution → the stage's resolution or patch, in [−1, 1]."""
+        images = photographs.to(self.device).float() / 127.5 - 1
+        size = self.resolution_now()
+        if size > images.shape[-1]:
+            raise ValueError(f"training wants {size}² images but the data has {images.shape[-1]}²: raise "
+                             "data.resolution or lower model.resolution")
+        if size < images.shape[-1]:
+            images = F.interpolate(images, size=(size, size), mode=self.downsample)
+        return images if draws.real_patch is None else draws.real_patch.crop(images)
+
+    def judge(self, images: Tensor) -> Verdict:
+        return self.discriminator(images, fade=self.fade_now())
+
+    def head_losses(self, verdict: Verdict, fakes: Fakes) -> Tensor:
+        loss = verdict.logit.new_zeros(())
+        if self.pose_weight and verdict.pose is not None:
+            loss = loss + self.pose_weight * F.mse_loss(verdict.pose, self.poses.angles(fakes.camera))
+        if self.latent_weight and verdict.latent is not None:
+            loss = loss + self.latent_weight * F.mse_loss(verdict.latent, fakes.z)
+        return loss
+
+    def resolution_now(self) -> int:
+        return self.resolution(self.step)
+
+    def fade_now(self) -> float:
+        """1 once the present resolution is fully in; also runs from 0 in the first stage, as in π-GAN's code."""
+        if self.fade_steps == 0:
+            return 1.0
+        return min(1.0, (self.step - self.resolution.stage_start(self.step)) / self.fade_steps)
+
+    @property
+    def generator_ema(self) -> nn.Module:
+        return self.averages[0].average
+
+
+class Draws(NamedTuple):
+    """What is drawn for one update: `patch` of the fakes and `real_patch` of the photographs are independent (GRAF)."""
+
+    z: Tensor  # [b z_dim]
+    camera: Camera
+    patch: Patch | None
+    real_patch: Patch | None
+
+    def to(self, device) -> "Draws":
+        def move(patch):
+            return patch and Patch(patch.scale.to(device), patch.offset.to(device), patch.size)
+
+        return Draws(self.z.to(device), self.camera.to(device), move(self.patch), move(self.real_patch))
+
+    def split(self, parts: int) -> list["Draws"]:
+        """`parts` nearly equal parts of the batch."""
+        cuts = torch.arange(len(self.z)).tensor_split(min(parts, len(self.z)))
+
+        def cut(patch, i):
+            return patch and Patch(patch.scale[i], patch.offset[i], patch.size)
+
+        return [Draws(self.z[i], self.camera[i], cut(self.patch, i), cut(self.real_patch, i)) for i in cuts]

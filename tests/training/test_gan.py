@@ -1,0 +1,143 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy import ToyStream, toy_module, toy_trainer
+
+from gan3d.losses import TopK
+from gan3d.rays import PatchSampler
+from gan3d.training.keeping import Keep
+from gan3d.training.schedule import Steps
+
+HERE = Path(__file__).parent
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.smoke
+def test_a_killed_run_goes_on_to_the_numbers_it_would_have_had(tmp_path):
+    whole = toy_module(9, noise=0.1)
+    toy_trainer().fit(whole, ToyStream(4))
+
+    first = toy_module(5, noise=0.1)
+    toy_trainer(Keep(folder=tmp_path, every_minutes=1e9)).fit(first, ToyStream(4))
+    torch.manual_seed(12345)  # whatever happened in between
+    second = toy_module(9, noise=0.1)
+    torch.rand(17)
+    toy_trainer().fit(second, ToyStream(4, start=5), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+    assert (second.step, second.images_seen) == (whole.step, whole.images_seen) == (9, 36)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(second)[name]), name
+
+
+def test_every_trained_parameter_gets_a_gradient_and_moves():
+    module = toy_module(1)
+    before = weights(module)
+    toy_trainer().fit(module, ToyStream(4))
+    after = weights(module)
+    for name in before:
+        moved = not torch.equal(before[name], after[name])
+        assert moved == ("unused" not in name), name
+
+
+def test_evaluation_in_between_does_not_change_the_run():
+    plain, disturbed = toy_module(4, noise=0.1), toy_module(4, noise=0.1)
+    toy_trainer().fit(plain, ToyStream(4))
+
+    class Disturb(__import__("pytorch_lightning").Callback):
+        def on_train_batch_start(self, *_):
+            torch.rand(3)
+
+    toy_trainer(Disturb()).fit(disturbed, ToyStream(4))
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(disturbed)[name]), name
+
+
+def test_schedules_hold_from_their_step_on():
+    schedule = Steps({0: 32, 10_000: 64, 55_000: 128})
+    assert [schedule(s) for s in (0, 9_999, 10_000, 54_999, 55_000, 10**7)] == [32, 32, 64, 64, 128, 128]
+    assert schedule.stage_start(54_999) == 10_000
+    with pytest.raises(ValueError, match="step 0"):
+        Steps({5: 1})
+
+
+def test_learning_rate_resolution_and_fade_follow_the_step():
+    module = toy_module(5)
+    seen = []
+
+    class Watch(__import__("pytorch_lightning").Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            rates = [group["lr"] for o in module.optimizers() for group in o.param_groups]
+            seen.append((rates[0], module.resolution(module.step - 1)))
+
+    toy_trainer(Watch()).fit(module, ToyStream(4))
+    assert seen == [(1e-2, 4), (1e-2, 4), (1e-2, 4), (1e-2, 8), (5e-3, 8)]
+    module.step = 3
+    assert module.fade_now() == 0.0
+    module.step = 4
+    assert module.fade_now() == 0.5
+
+
+def test_splitting_the_batch_gives_the_same_gradient():
+    """Only noise inside the generator may differ, and there is none here; 1e-6: float32 sums in another order."""
+    one, two = toy_module(1, r1=toy_module(1).r1), toy_module(1, splits=2)
+    toy_trainer().fit(one, ToyStream(4))
+    toy_trainer().fit(two, ToyStream(4))
+    for p, q in zip(one.generator.colour.parameters(), two.generator.colour.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_patches_of_photographs_and_fakes_are_drawn_independently():
+    module = toy_module(1, resolution=8, patch=PatchSampler(size=4, min_scale=0.25, annealing=0.0025))
+    toy_trainer().fit(module, ToyStream(4))
+    draws = module.draw(4, "d")
+    assert draws.patch is not None and not torch.equal(draws.patch.scale, draws.real_patch.scale)
+
+
+def test_too_small_photographs_are_refused():
+    with pytest.raises(ValueError, match="data.resolution"):
+        toy_trainer().fit(toy_module(1, resolution=16), ToyStream(4))
+
+
+def test_top_k_keeps_the_share_the_schedule_says():
+    top_k = TopK(interval=2000, floor=0.6)
+    assert top_k.kept(10, 0) == 10
+    assert top_k.kept(10, 2000) == 10  # 9.9, rounded up
+    assert top_k.kept(100, 20_000) == 91  # 0.99^10 = 0.904
+    assert top_k.kept(10, 10**6) == 6
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    """1e-6: the same sums, in another order."""
+    single = toy_module(1, clip_grad_norm=None)
+    toy_trainer().fit(single, ToyStream(4))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent.parent}"}
+    environment.pop("LOCAL_RANK", None)
+    script = f"""
+import torch
+from toy import *
+module = toy_module(1, clip_grad_norm=None)
+trainer = toy_trainer(devices=2, strategy="ddp_find_unused_parameters_true")
+trainer.fit(module, ToyStream(4, rank=trainer.global_rank, world=2))
+grads = {{n: p.grad for n, p in module.named_parameters() if p.grad is not None}}
+torch.save(grads, f"{tmp_path}/rank{{trainer.global_rank}}.pt")
+"""
+    (tmp_path / "two.py").write_text(script)
+    done = subprocess.run([sys.executable, str(tmp_path / "two.py")], env=environment, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    compared = 0
+    for name, parameter in single.named_parameters():
+        if parameter.grad is None or "unused" in name:
+            continue
+        for rank in ranks:
+            torch.testing.assert_close(rank[name], parameter.grad, rtol=1e-5, atol=1e-6)
+            compared += 1
+    assert compared >= 2 * (2 + 4)
