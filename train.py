@@ -1,12 +1,17 @@
-"""python train.py [model=…] [data=…] [scale=…]: model × data → fit, with the metric before and after. `--help` tells more."""
+"""python train.py [model=…] [data=…] [scale=…]: model × data → fit, with the metric before and after. See --help."""
 
 from gan3d import launch
 
 
 def train(cfg):
+    from hydra.utils import instantiate
+
+    config = launch.configuration(cfg)
+    settings = config["trainer"]
+    data = instantiate(config["data"]["dataset"], _convert_="all")  # first of all: nothing else is of use without it
+
     import pytorch_lightning as pl
     import torch
-    from hydra.utils import instantiate
 
     from datasets.stream import ImageStream
     from gan3d.training.dashboard import Dashboard
@@ -16,15 +21,13 @@ def train(cfg):
     from gan3d.training.progress import Progress
     from metrics.results import Recorder
 
-    config, folder = launch.start(cfg)
-    settings = config["trainer"]
-    data = instantiate(config["data"]["dataset"], _convert_="all")
     metric = instantiate(config["metrics"], _convert_="all")
     torch.manual_seed(config["seed"])
     module = instantiate(config["model"], _convert_="all")
     module.config = config
     module.poses.observe(data.cameras)
 
+    folder = launch.folder(config)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     begun = launch.progress(checkpoint)
     record = Recorder(folder / "metrics.json", model=config["choices"]["model"], data=data.name, seed=config["seed"],
@@ -35,8 +38,8 @@ def train(cfg):
         precision=settings["precision"], max_epochs=-1, use_distributed_sampler=False, num_sanity_val_steps=0,
         logger=build_loggers(config, folder), log_every_n_steps=settings["log_every"], default_root_dir=folder,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, inference_mode=False,
-        callbacks=[evaluation, Progress(evaluation), Dashboard(folder=folder, every_minutes=settings["show_every_minutes"]),
-                   Keep(folder=checkpoint.parent, **settings["checkpoint"])],
+        callbacks=[evaluation, Progress(evaluation), Keep(folder=checkpoint.parent, **settings["checkpoint"]),
+                   Dashboard(folder=folder, every_minutes=settings["show_every_minutes"])],
     )
     stream = ImageStream(data, batch_size=module.batch_size, seed=config["seed"], flip=config["data"]["flip"],
                          start_step=begun["step"], workers=settings["workers"],

@@ -49,7 +49,8 @@ def look_at(eye: Float[Tensor, "*b 3"], target: Float[Tensor, "*#b 3"], up: str 
     world_up = eye.new_tensor(AXES[up] if isinstance(up, str) else up).expand_as(eye)
     forward = torch.nn.functional.normalize(target - eye, dim=-1)
     right = torch.linalg.cross(forward, world_up, dim=-1)
-    fallback = eye.new_tensor(AXES["x"]).expand_as(eye)
+    axis = torch.where(forward[..., :1].abs() > 0.9, eye.new_tensor(AXES["y"]), eye.new_tensor(AXES["x"]))
+    fallback = axis - (axis * forward).sum(-1, keepdim=True) * forward  # across the view, whatever `up` is
     right = torch.where(right.norm(dim=-1, keepdim=True) < 1e-6, fallback, right)
     right = torch.nn.functional.normalize(right, dim=-1)
     down = torch.linalg.cross(forward, right, dim=-1)
@@ -86,5 +87,6 @@ def mirror(camera: Camera) -> Camera:
         [[1.0, -1.0, -1.0, -1.0], [-1.0, 1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
     )
     intrinsics = camera.intrinsics.clone()
+    intrinsics[..., 0, 1] = -intrinsics[..., 0, 1]
     intrinsics[..., 0, 2] = 1 - intrinsics[..., 0, 2]
     return Camera(camera.camera_to_world * sign, intrinsics)

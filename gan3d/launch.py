@@ -27,6 +27,7 @@ def main(run: Callable[[Any], None], config_name: str) -> None:
     """Run a verb under Hydra: wrong keys stop at once and name the nearest right one; known failures read as text."""
     import hydra
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     sys.argv[1:] = with_default_scale(sys.argv[1:])
     looking = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version", "--shell-completion", "-sc"}
@@ -34,9 +35,10 @@ def main(run: Callable[[Any], None], config_name: str) -> None:
         check(config_name, [a for a in sys.argv[1:] if not a.startswith("-")])
 
     def guarded(cfg: Any) -> None:
+        quiet()
         try:
             run(cfg)
-        except (FileNotFoundError, ValueError, HydraException) as error:
+        except (FileNotFoundError, ValueError, HydraException, OmegaConfBaseException) as error:
             if os.environ.get("GAN3D_TRACEBACK"):
                 raise
             cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
@@ -44,6 +46,18 @@ def main(run: Callable[[Any], None], config_name: str) -> None:
 
     guarded.__module__ = run.__module__
     hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)(guarded)()
+
+
+def quiet() -> None:
+    """Lightning's advertisements, and its warnings about what is meant here (averages in evaluation mode)."""
+    import logging
+    import warnings
+
+    for name in ("pytorch_lightning", "lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (".*eval mode at the start of training.*", ".*treespec, LeafSpec.*", ".*does not have many workers.*",
+                 ".*`weights_only` was not set.*"):
+        warnings.filterwarnings("ignore", text)
 
 
 def with_default_scale(arguments: list[str]) -> list[str]:
@@ -116,28 +130,34 @@ def plain(cfg: Any) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)  # type: ignore
 
 
-def start(cfg: Any) -> tuple[dict[str, Any], Path]:
-    """(config, folder) of a new run, or of the run that `resume` names with this command line's changes on top."""
+def configuration(cfg: Any) -> dict[str, Any]:
+    """The run's configuration: the one composed, or, to resume, the run's own with this command line's changes on top."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    ours = os.environ.get("GAN3D_RUN")
-    if ours and "LOCAL_RANK" in os.environ:  # another process of the same run has made the folder already
-        return plain(OmegaConf.load(Path(ours) / "config.yaml")), Path(ours)
     if cfg.resume is None:
-        config = plain(cfg)
-        folder = new_folder(Path(config["runs"]), config["name"])
-    else:
-        folder = run_folder(cfg.resume)
-        changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
-        groups = [o for o in changes if (CONFIGS / o.split("=")[0].lstrip("+~")).is_dir()]
-        if groups:
-            raise Stop(f"resume goes on with the run's own configuration; {groups[0]} cannot change it")
-        saved = OmegaConf.load(folder / "config.yaml")
-        config = plain(OmegaConf.merge(saved, OmegaConf.from_dotlist(changes)))
-    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
-    os.environ["GAN3D_RUN"] = str(folder)
-    return config, folder
+        return plain(cfg)
+    changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
+    groups = [o for o in changes if (CONFIGS / o.split("=")[0].lstrip("+~")).is_dir()]
+    if groups:
+        raise Stop(f"resume goes on with the run's own configuration; {groups[0]} cannot change it")
+    saved = OmegaConf.load(run_folder(cfg.resume) / "config.yaml")
+    return plain(OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": cfg.resume}))
+
+
+def folder(config: Mapping[str, Any]) -> Path:
+    """The run's folder, with its config.yaml: a new one, or the one that is resumed; the same in all its processes."""
+    from omegaconf import OmegaConf
+
+    if "LOCAL_RANK" in os.environ and "GAN3D_RUN" in os.environ:
+        return Path(os.environ["GAN3D_RUN"])
+    resumed = config["resume"]
+    made = run_folder(resumed) if resumed else new_folder(Path(config["runs"]), config["name"])
+    part = made / ".config.yaml.part"
+    OmegaConf.save(OmegaConf.create({**config, "resume": None}), part)
+    os.replace(part, made / "config.yaml")
+    os.environ["GAN3D_RUN"] = str(made)
+    return made
 
 
 def progress(checkpoint: Path) -> dict[str, Any]:
@@ -231,7 +251,7 @@ def load_run(checkpoint: str | Path, cfg: Any = None) -> Run:
     if not path.exists():
         raise Stop(f"checkpoint={checkpoint}: no such file or run. Runs lie in runs/, one folder each.")
     if checkpoints.is_ours(path):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = with_changes(saved["config"], cfg)
         prefix = "averages.0.average."
         state = {k[len(prefix):]: v for k, v in saved["state_dict"].items() if k.startswith(prefix)}

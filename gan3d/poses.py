@@ -148,11 +148,12 @@ class FromData:
         target = torch.tensor(self.target)
         azimuth, polar = sphere_angles(cameras.position - target, self.up)
         radius = (cameras.position - target).norm(dim=-1).median()
-        spread = azimuth - torch.atan2(azimuth.sin().mean(), azimuth.cos().mean())
+        mean = torch.atan2(azimuth.sin().mean(), azimuth.cos().mean())  # angles near ±π belong together
+        spread = azimuth - mean
         spread = torch.atan2(spread.sin(), spread.cos())
         phase = 2 * math.pi * torch.arange(frames) / frames
         turn = phase if spread.std() > 1.2 else 2 * spread.std() * torch.sin(phase)  # 1.2 rad: as good as all around
-        centre = azimuth.median() if spread.std() <= 1.2 else torch.zeros(())
+        centre = mean + spread.median() if spread.std() <= 1.2 else torch.zeros(())
         eye = target + sphere_point(centre + turn, polar.median().expand(frames), radius.expand(frames), self.up)
         return Camera(look_at(eye, target, self.up), cameras.intrinsics[:1].expand(frames, -1, -1))
 

@@ -38,22 +38,21 @@ def render_hits(
     """`render` only the rays that meet the bounds; the others show `background [c]` (None: zeros) at opacity 0.
 
     Images of a batch keep equal numbers of rays: as many as the fullest one has hits. Nothing is lost: the rays that
-    fill up the others have near = far, hence no weight.
+    fill up the others have near = far, hence no weight (if `render` closes no ray by a last delta of 1e10).
     """
     hit = rays.far > rays.near
     most = int(hit.sum(-1).max())
     n = hit.shape[-1]
+    rays = Rays(rays.origins, rays.directions, rays.near, torch.maximum(rays.near, rays.far))
     if most == n:
         return render(rays)
     most = max(most, 1)
     index = hit.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
-    chosen = rays.select(index)
-    chosen = Rays(chosen.origins, chosen.directions, chosen.near, torch.maximum(chosen.near, chosen.far))
-    seen = render(chosen)
+    seen = render(rays.select(index))
     channels = seen.features.shape[-1]
     empty = seen.features.new_zeros(channels) if background is None else background.to(seen.features)
     features = empty.expand(*hit.shape, channels).scatter(-2, index[..., None].expand(*index.shape, channels), seen.features)
-    zeros = torch.zeros_like(rays.near)
+    zeros = seen.depth.new_zeros(hit.shape)
     return Rendering(features, zeros.scatter(-1, index, seen.depth), zeros.scatter(-1, index, seen.opacity))
 
 

@@ -49,7 +49,7 @@ def deltas(t: Float[Tensor, "*b s"], last: Number = LAST_DELTA) -> Float[Tensor,
 
 
 def sample_pdf(
-    edges: Float[Tensor, "*b s+1"],
+    edges: Float[Tensor, "*b e"],
     weights: Float[Tensor, "*b s"],
     u: Float[Tensor, "*b m"],
     eps: float = 1e-5,
@@ -57,10 +57,13 @@ def sample_pdf(
     """Points distributed like the piecewise constant density `weights` over bins `edges`: NeRF's inverse CDF (sec. 5.2).
 
     Args:
+        edges: limits of the bins, ascending; one more than there are weights.
         u: quantiles in [0, 1): `torch.rand` while training, even ones for a reproducible picture.
         eps: added to every weight, so that no bin is impossible.
-    No gradient flows to the weights.
+    No gradient flows to the weights. Raises: ValueError if the numbers of edges and weights do not fit.
     """
+    if edges.shape[-1] != weights.shape[-1] + 1:
+        raise ValueError(f"{weights.shape[-1]} weights need {weights.shape[-1] + 1} edges, got {edges.shape[-1]}")
     weights = weights.detach() + eps
     pdf = weights / weights.sum(-1, keepdim=True)
     cdf = torch.cat([torch.zeros_like(pdf[..., :1]), pdf.cumsum(-1)], dim=-1)

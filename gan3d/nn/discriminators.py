@@ -1,0 +1,234 @@
+"""Discriminators that grow with the picture: residual CoordConv blocks. pi-GAN (Chan et al., 2021), supplement.
+
+image ─ 1×1 adapter of its resolution ─ residual blocks, each halving the resolution ─ 2×2 map ─ logit, latent, pose
+
+One class covers the released variants: CelebA's (coord, stride, latent and pose heads), Cats' (no coord, stride) and
+CARLA's, GOF's and GRAM's (coord, pool, heads).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gan3d.cameras import Camera
+from gan3d.gans import Verdict
+
+
+class Layout(NamedTuple):
+    """What a convolution's adjoints must know besides two of its three tensors."""
+
+    x: torch.Size
+    weight: torch.Size
+    stride: int
+    padding: int
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """conv2d whose second derivatives are convolutions again; R1 needs them every step.
+
+    With g the gradient of the output, ⟨g, w ∗ x⟩ is linear in each of x, w and g; `ByInput` and `ByWeight` are its
+    derivatives, and theirs are again such products. PyTorch's double backward instead convolves with kernels as large as
+    the picture, several times slower. The derivative by the weight has a node of its own (of value zero, or the bias),
+    because a Python function computes all its derivatives or none, and R1's first pass wants the input's alone.
+    """
+    if not torch.is_grad_enabled():
+        return F.conv2d(x, weight, bias, stride, padding)
+    layout = Layout(x.shape, weight.shape, stride, padding)
+    y = OfInput.apply(x, (weight,), layout)
+    return y + OfWeight.apply(weight, weight.new_zeros(weight.shape[0]) if bias is None else bias, (x,), layout, y.shape)
+
+
+class OfInput(torch.autograd.Function):
+    """w ∗ x, a function of x alone; w is hidden in a tuple, so that the graph has no edge to it from here."""
+
+    @staticmethod
+    def forward(ctx, x, hidden, layout):
+        ctx.save_for_backward(*hidden)
+        ctx.layout = layout
+        return F.conv2d(x, hidden[0], None, layout.stride, layout.padding)
+
+    @staticmethod
+    def backward(ctx, g):
+        return ByInput.apply(g, *ctx.saved_tensors, ctx.layout), None, None
+
+
+class OfWeight(torch.autograd.Function):
+    """The bias, spread over the output, with w ∗ x's derivative by w; x is hidden in a tuple."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, hidden, layout, shape):
+        ctx.save_for_backward(*hidden)
+        ctx.layout = layout
+        return bias[:, None, None].expand(shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        by_weight = ByWeight.apply(g, *ctx.saved_tensors, ctx.layout) if ctx.needs_input_grad[0] else None
+        return by_weight, g.sum((0, 2, 3)), None, None, None
+
+
+class ByInput(torch.autograd.Function):
+    """∂⟨g, w ∗ x⟩/∂x, a function of g and w."""
+
+    @staticmethod
+    def forward(ctx, g, weight, layout):
+        ctx.save_for_backward(g, weight)
+        ctx.layout = layout
+        return _adjoint(g, weight.new_empty(layout.x), weight, layout, (True, False, False))[0]
+
+    @staticmethod
+    def backward(ctx, x):
+        g, weight = ctx.saved_tensors
+        by_g = convolve(x, weight, None, *ctx.layout[2:]) if ctx.needs_input_grad[0] else None
+        by_weight = ByWeight.apply(g, x, ctx.layout) if ctx.needs_input_grad[1] else None
+        return by_g, by_weight, None
+
+
+class ByWeight(torch.autograd.Function):
+    """∂⟨g, w ∗ x⟩/∂w, a function of g and x."""
+
+    @staticmethod
+    def forward(ctx, g, x, layout):
+        ctx.save_for_backward(g, x)
+        ctx.layout = layout
+        return _adjoint(g, x, x.new_empty(layout.weight), layout, (False, True, False))[1]
+
+    @staticmethod
+    def backward(ctx, weight):
+        g, x = ctx.saved_tensors
+        by_g = convolve(x, weight, None, *ctx.layout[2:]) if ctx.needs_input_grad[0] else None
+        by_x = ByInput.apply(g, weight, ctx.layout) if ctx.needs_input_grad[1] else None
+        return by_g, by_x, None
+
+
+def _adjoint(g: Tensor, x: Tensor, weight: Tensor, layout: Layout, wanted: tuple[bool, bool, bool]):
+    """Of x or weight only the shape is looked at where the other's derivative is wanted."""
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, None, [layout.stride] * 2, [layout.padding] * 2, [1, 1], False, [0, 0], 1, list(wanted))
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d by `convolve`: the same numbers, quick second derivatives."""
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(x.device.type):  # its casts must be seen by autograd, so not inside a function
+            x, weight, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight, bias))
+        return convolve(x, weight, bias, self.stride[0], self.padding[0])
+
+
+class CoordConv(Conv2d):
+    """A convolution that also sees where it is: two more input channels, −1 to 1 down the rows and along the columns.
+
+    Liu et al., 2018. The weight's last two input channels belong to them. Without `coord`: an ordinary convolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, coord: bool, stride: int = 1):
+        super().__init__(inputs + 2 * coord, outputs, 3, stride=stride, padding=1)
+        self.coord = coord
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
+        if not self.coord:
+            return super().forward(x)
+        rows, columns = (torch.linspace(-1, 1, size, device=x.device, dtype=x.dtype) for size in x.shape[-2:])
+        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(x), -1, -1, -1)
+        return super().forward(torch.cat([x, place], dim=1))
+
+
+class ResidualBlock(nn.Module):
+    """(two 3×3 convolutions + skip) / √2 at half the resolution.
+
+    down "stride": the second convolution has stride 2 and the skip is always a 1×1 convolution with stride 2;
+    "pool": both are averaged over 2×2, and the skip has a convolution only where the number of channels changes.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, coord: bool, down: Literal["stride", "pool"]):
+        super().__init__()
+        stride = 2 if down == "stride" else 1
+        self.pool = down == "pool"
+        self.first = CoordConv(inputs, outputs, coord=coord)
+        self.second = CoordConv(outputs, outputs, coord=coord, stride=stride)
+        needed = down == "stride" or inputs != outputs
+        self.skip = Conv2d(inputs, outputs, 1, stride=stride) if needed else nn.Identity()
+        if down == "stride":  # the released code initialises these, and leaves the pooled blocks at PyTorch's default
+            for conv in (self.first, self.second):
+                nn.init.kaiming_normal_(conv.weight, a=0.2)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
+        y = F.leaky_relu(self.second(F.leaky_relu(self.first(x), 0.2)), 0.2)
+        if self.pool:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        return (y + self.skip(x)) / math.sqrt(2)
+
+
+class ProgressiveDiscriminator(nn.Module):
+    """Judges square images at any of its resolutions; `fade` blends a new resolution in.
+
+    Args:
+        channels: at the largest resolution, at half of it, and so on down to 2; five numbers begin at 32.
+        coord: convolutions see their position (CoordConv).
+        down: how a block halves the resolution, see `ResidualBlock`.
+        latent_dim: width of the head that guesses the latent; 0 for none.
+        pose: whether a head guesses the camera's angles (polar, azimuth; radians).
+    """
+
+    def __init__(self, *, channels: Sequence[int], coord: bool, down: Literal["stride", "pool"], latent_dim: int,
+                 pose: bool):
+        super().__init__()
+        self.resolutions = [2**k for k in range(len(channels), 0, -1)]
+        if len(channels) < 2:
+            raise ValueError(f"channels must name at least those at resolutions 4 and 2, got {channels}")
+        if down not in ("stride", "pool"):
+            raise ValueError(f"down must be 'stride' or 'pool', got {down!r}")
+        self.latent_dim, self.pose = latent_dim, pose
+        self.adapters = nn.ModuleList(Conv2d(3, width, 1) for width in channels)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(a, b, coord=coord, down=down) for a, b in zip(channels[:-1], channels[1:], strict=True)
+        )
+        self.final = Conv2d(channels[-1], 1 + latent_dim + 2 * pose, 2)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"], fade: float = 1.0, camera: Camera | None = None) -> Verdict:
+        """images in [−1, 1]. fade 1: they enter at their own resolution; 0: as the next smaller one would have.
+
+        The camera is not looked at: pi-GAN's discriminators see pictures alone.
+        """
+        height, width = images.shape[-2:]
+        if height != width or height not in self.resolutions[:-1]:
+            raise ValueError(f"images are {height}×{width}; it takes squares of {self.resolutions[:-1]}")
+        start = self.resolutions.index(height)
+        x = self.blocks[start](self._adapt(start, images))
+        if fade < 1 and start + 1 < len(self.blocks):  # after the last block there is nothing to blend into
+            x = fade * x + (1 - fade) * self._adapt(start + 1, images[..., ::2, ::2])  # nearest
+        for block in self.blocks[start + 1:]:
+            x = block(x)
+        logit, latent, pose = self.final(x)[:, :, 0, 0].split([1, self.latent_dim, 2 * self.pose], dim=1)
+        return Verdict(logit[:, 0], latent if self.latent_dim else None, pose if self.pose else None)
+
+    def _adapt(self, level: int, images: Tensor) -> Tensor:
+        return F.leaky_relu(self.adapters[level](images), 0.2)
+
+
+def official_discriminator(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of pi-GAN's and GOF's released discriminators → under ours.
+
+    Heads that the released classes carry but never use (`pose_layer`, `freq_phase_layer`) are left out.
+    """
+    ours = {}
+    for name, tensor in tensors.items():
+        part, *path, kind = name.split(".")
+        if part == "layers":  # layers.3.network.2.conv.weight, layers.3.proj.weight
+            branch = ".".join(path[1:]).removesuffix(".conv")
+            mine = {"proj": "skip", "network.0": "first", "network.2": "second"}[branch]
+            ours[f"blocks.{path[0]}.{mine}.{kind}"] = tensor
+        elif part == "fromRGB":
+            ours[f"adapters.{path[0]}.{kind}"] = tensor
+        elif part == "final_layer":
+            ours[f"final.{kind}"] = tensor
+        elif part not in ("pose_layer", "freq_phase_layer"):
+            raise KeyError(f"{name} is no tensor of a pi-GAN discriminator")
+    return ours

@@ -1,0 +1,193 @@
+"""The NeRF MLP: ReLU layers, the input again at a skip, a density head, a colour branch that also sees its ray.
+
+`radiance_mlp_plain` reads as the equations do: it is reference, fallback and second derivative. `radiance_mlp` computes
+the same in blocks of points that stay in the processor's cache and remembers no activation: the backward pass computes
+them again, block by block, but only for points whose gradient is not zero. Under a ReLU density those are the parts of
+space that hold something, so less is recomputed than memory traffic is saved; memory does not grow with the network.
+
+Source of the layout: NeRF (Mildenhall et al., ECCV 2020), fig. 7.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**25}  # of one layer's activations: two such blocks fill a core's 2 MB of cache
+Encode = Callable[[Tensor], Tensor]
+
+
+class RadianceWeights(NamedTuple):
+    """The MLP as it is evaluated: whatever is constant over an image (latents) or a ray already sits in a bias.
+
+    trunk: `[c i]`, then `[c c]` for each further layer. biases: `[b c]` for each layer.
+    skip: `[c i]`, the input's share of layer `skip_to`; None where the input is not fed again.
+    density `[1 c]`, branch `[k c]` and colour `[3 k]` are the heads; the branch's bias is given per ray.
+    """
+
+    trunk: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    skip: Tensor | None
+    skip_to: int
+    density: Tensor
+    density_bias: Tensor
+    branch: Tensor
+    colour: Tensor
+    colour_bias: Tensor
+
+
+def radiance_mlp_plain(
+    inputs: Float[Tensor, "b p i"], ray_bias: Float[Tensor, "b n k"], weights: RadianceWeights
+) -> tuple[Float[Tensor, "b p"], Float[Tensor, "b p 3"]]:
+    """Raw density and raw colour of p points on n rays (p/n consecutive points each), as the equations read."""
+    hidden = inputs
+    for layer, (weight, bias) in enumerate(zip(weights.trunk, weights.biases, strict=True)):
+        before = hidden @ weight.T + bias[:, None]
+        if layer == weights.skip_to and weights.skip is not None:
+            before = before + inputs @ weights.skip.T
+        hidden = torch.relu(before)
+    density = hidden @ weights.density.T + weights.density_bias
+    samples = inputs.shape[1] // ray_bias.shape[1]
+    branch = torch.relu(hidden @ weights.branch.T + ray_bias.repeat_interleave(samples, dim=1))
+    return density[..., 0], branch @ weights.colour.T + weights.colour_bias
+
+
+def radiance_mlp(
+    points: Float[Tensor, "b p d"], ray_bias: Float[Tensor, "b n k"], weights: RadianceWeights, encode: Encode
+) -> tuple[Float[Tensor, "b p"], Float[Tensor, "b p 3"]]:
+    """`radiance_mlp_plain` of encode(points), fast and in bounded memory.
+
+    Gradients go to the weights, biases and ray biases. Where the points need one as well (normals, pose refinement) the
+    plain version runs; where the gradient itself is to be differentiated (create_graph) the plain version is
+    differentiated. Autocast does not lower the precision.
+
+    Args:
+        encode: `[n d]` to `[n i]`, without parameters; it is asked block by block.
+    """
+    if points.requires_grad and torch.is_grad_enabled():
+        return radiance_mlp_plain(encode(points), ray_bias, weights)
+    flat = [None if w is None else w.to(points.dtype) for w in _flatten(weights)]
+    return _RadianceMLP.apply(points, ray_bias.to(points.dtype), encode, len(weights.trunk), weights.skip_to, *flat)
+
+
+class _RadianceMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, points, ray_bias, encode, layers, skip_to, *flat):
+        ctx.save_for_backward(points, ray_bias, *flat)
+        ctx.encode, ctx.layers, ctx.skip_to = encode, layers, skip_to
+        weights = _unflatten(flat, layers, skip_to)
+        images, count, _ = points.shape
+        density, colour = points.new_empty(images, count, 1), points.new_empty(images, count, 3)
+        ray = torch.arange(count, device=points.device) // (count // ray_bias.shape[1])
+        block = _block_rows(weights)
+        scratch = points.new_empty(2, min(block, count), weights.density.shape[1])
+        for image in range(images):
+            for start in range(0, count, block):
+                rows = slice(start, min(start + block, count))
+                turns = [scratch[layer % 2, : rows.stop - start] for layer in range(layers)]
+                hidden = _trunk(encode(points[image, rows]), image, weights, out=turns)
+                branch = _branch(hidden, ray_bias[image], ray[rows], weights)
+                torch.addmm(weights.density_bias, hidden, weights.density.T, out=density[image, rows])
+                torch.addmm(weights.colour_bias, branch, weights.colour.T, out=colour[image, rows])
+        return density[..., 0], colour
+
+    @staticmethod
+    def backward(ctx, grad_density, grad_colour):
+        points, ray_bias, *flat = ctx.saved_tensors
+        weights = _unflatten(flat, ctx.layers, ctx.skip_to)
+        if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated
+            return _plain_gradients(ctx, points, ray_bias, weights, grad_density, grad_colour)
+        grads = _unflatten([None if w is None else torch.zeros_like(w) for w in flat], ctx.layers, ctx.skip_to)
+        grad_ray = torch.zeros_like(ray_bias)
+        samples = points.shape[1] // ray_bias.shape[1]
+        for image in range(len(points)):
+            active = ((grad_density[image] != 0) | (grad_colour[image] != 0).any(-1)).nonzero()[:, 0]
+            for rows in active.split(_block_rows(weights)):
+                ray, inputs = rows // samples, ctx.encode(points[image].index_select(0, rows))
+                hidden = inputs.new_empty(ctx.layers, len(rows), weights.density.shape[1]).unbind()
+                _trunk(inputs, image, weights, out=hidden)
+                branch = _branch(hidden[-1], ray_bias[image], ray, weights)
+                pulls = grad_density[image, rows, None], grad_colour[image].index_select(0, rows)
+                grad_branch, grad_hidden = _pull_heads(*pulls, hidden[-1], branch, weights, grads)
+                grad_ray[image].index_add_(0, ray, grad_branch)
+                _pull_trunk(grad_hidden, inputs, hidden, image, weights, grads)
+        return None, grad_ray, None, None, None, *_flatten(grads)
+
+
+def _flatten(weights: RadianceWeights) -> tuple[Tensor | None, ...]:
+    return (*weights.trunk, *weights.biases, weights.skip, weights.density, weights.density_bias, weights.branch,
+            weights.colour, weights.colour_bias)
+
+
+def _unflatten(flat: Sequence[Tensor | None], layers: int, skip_to: int) -> RadianceWeights:
+    skip, *heads = flat[2 * layers :]
+    return RadianceWeights(tuple(flat[:layers]), tuple(flat[layers : 2 * layers]), skip, skip_to, *heads)
+
+
+def _block_rows(weights: RadianceWeights) -> int:
+    one = weights.density
+    return max(1, BLOCK_BYTES["cpu" if one.device.type == "cpu" else "cuda"] // (one.element_size() * one.shape[1]))
+
+
+def _trunk(inputs: Float[Tensor, "p i"], image: int, weights: RadianceWeights, out: Sequence[Tensor]) -> Tensor:
+    """The hidden layers at one image's points, each written to its tensor of `out` (two may take turns); the last."""
+    hidden = inputs
+    for layer, (weight, bias) in enumerate(zip(weights.trunk, weights.biases, strict=True)):
+        torch.addmm(bias[image], hidden, weight.T, out=out[layer])
+        if layer == weights.skip_to and weights.skip is not None:
+            _add_product(out[layer], inputs, weights.skip.T)
+        hidden = out[layer].relu_()
+    return hidden
+
+
+def _branch(hidden: Float[Tensor, "p c"], ray_bias: Float[Tensor, "n k"], ray: Int[Tensor, " p"],
+            weights: RadianceWeights) -> Float[Tensor, "p k"]:
+    return _add_product(ray_bias.index_select(0, ray), hidden, weights.branch.T).relu_()
+
+
+def _pull_heads(grad_density, grad_colour, hidden, branch, weights: RadianceWeights, grads: RadianceWeights):
+    """Adds the heads' gradients to `grads`; returns those before the branch's ReLU and of the last hidden layer."""
+    _add_product(grads.colour, grad_colour.T, branch)
+    grads.colour_bias.add_(grad_colour.sum(0))
+    grad_branch = _through_relu(grad_colour @ weights.colour, branch)
+    _add_product(grads.branch, grad_branch.T, hidden)
+    _add_product(grads.density, grad_density.T, hidden)
+    grads.density_bias.add_(grad_density.sum(0))
+    return grad_branch, _add_product(grad_density @ weights.density, grad_branch, weights.branch)
+
+
+def _pull_trunk(grad, inputs, hidden, image: int, weights: RadianceWeights, grads: RadianceWeights) -> None:
+    """Adds the hidden layers' gradients to `grads`, last layer first; the inputs get none."""
+    for layer in reversed(range(len(hidden))):
+        grad = _through_relu(grad, hidden[layer])
+        grads.biases[layer][image].add_(grad.sum(0))
+        _add_product(grads.trunk[layer], grad.T, hidden[layer - 1] if layer else inputs)
+        if layer == weights.skip_to and weights.skip is not None:
+            _add_product(grads.skip, grad.T, inputs)
+        if layer:
+            grad = grad @ weights.trunk[layer]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total += left @ right; written so that `count_flops` sees it, which overlooks addmm_."""
+    return torch.addmm(total, left, right, out=total)
+
+
+def _through_relu(grad: Tensor, output: Tensor) -> Tensor:
+    """The gradient before a ReLU, in place of `grad`; where the ReLU's output is positive, so was its input."""
+    return torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
+
+
+def _plain_gradients(ctx, points, ray_bias, weights: RadianceWeights, grad_density, grad_colour):
+    """The gradients as a function of everything, differentiable in turn: those of `radiance_mlp_plain`."""
+    arguments = (points, ray_bias, None, None, None, *_flatten(weights))
+    wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+    outputs = radiance_mlp_plain(ctx.encode(points), ray_bias, weights)
+    found = torch.autograd.grad(outputs, [arguments[i] for i in wanted], (grad_density, grad_colour),
+                                create_graph=True, allow_unused=True)
+    result = [None] * len(arguments)
+    for i, gradient in zip(wanted, found, strict=True):
+        result[i] = gradient
+    return tuple(result)
