@@ -6,6 +6,10 @@ length is 1 along x. Colours are linear until the last step.
 
 import io
 import math
+import os
+import pickle
+import signal
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +31,7 @@ GROUND_COLOUR = np.array([0.52, 0.50, 0.48])  # light that a pale ground throws 
 OCCLUSION_RAYS, OCCLUSION_REACH = 3, 0.35
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # neighbouring rings point in different directions
 SUBPIXELS = 2  # a pixel is the mean of 2×2 rays
+DEPTH_UNIT = 5e-5  # depth is kept in 16 bits, as multiples of this
 OFFSET = 1e-4  # secondary rays start this far from the surface
 
 
@@ -204,7 +209,7 @@ class Task(NamedTuple):
 
 class Shot(NamedTuple):
     png: bytes
-    depth: np.ndarray
+    depth: np.ndarray  # uint16 [h w], multiples of DEPTH_UNIT
 
 
 def take(task: Task) -> Shot:
@@ -214,4 +219,18 @@ def take(task: Task) -> Shot:
     rgba, depth = photograph(load_car(task.mesh), body, task.camera_to_world, task.intrinsics, task.side, random)
     file = io.BytesIO()
     Image.fromarray(rgba).save(file, format="PNG")
-    return Shot(file.getvalue(), depth)
+    return Shot(file.getvalue(), np.round(depth / DEPTH_UNIT).astype(np.uint16))
+
+
+def serve() -> None:
+    """What a worker process does: read a list of tasks from standard input, write their shots to standard output.
+
+    If the process that asked is gone, writing fails and so ends this one. Ctrl-C is that process's business.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for task in pickle.load(sys.stdin.buffer):
+            pickle.dump(take(task), sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os._exit(1)  # without the traceback that an ordinary exit would print when it flushes

@@ -4,15 +4,15 @@ Stands in for CARLA as GRAF uses it: one object on white, cameras uniform over t
 """
 
 import json
-import multiprocessing
 import os
+import pickle
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,6 @@ except ImportError:  # Windows: simultaneous first runs may then both render; th
 VERSION = 1  # of the pictures: raised whenever the same arguments would give others
 MESHES = Path(__file__).parent / "cars"
 HELD_OUT = ("kenney-suv", "kenney-van", "qbasic-racecar", "qreal-normalcar2", "qreal-sportscar2")
-DEPTH_UNIT = 5e-5  # depth is kept as 16-bit multiples of this
 POSES = Spherical(
     radius=2.35, azimuth=Uniform(0, 360), polar=UniformArea(10, 88), fov_degrees=30, up="z", target=(0, 0, 0.18)
 )
@@ -66,7 +65,7 @@ class EmbeddedCars(ImageCollection):
     def depth(self, index: int) -> Float[Tensor, "h w"]:
         """Distance along the ray through each pixel's centre, scene units, to ± 2.5e-5; 0 where there is no car."""
         depth = np.load(self.root / "depth.npy", mmap_mode="r")
-        return torch.from_numpy(depth[index].astype(np.float32)) * DEPTH_UNIT
+        return torch.from_numpy(depth[index].astype(np.float32)) * raycast.DEPTH_UNIT
 
 
 def camera_of(random: np.random.Generator) -> Camera:
@@ -100,9 +99,10 @@ def _render_set(folder: Path, resolution: int, images: int, seed: int, held_out:
                  for index, (model, pose, intrinsics) in enumerate(plan)]
         depth = np.zeros((images, resolution, resolution), np.uint16)
         title = f"rendering {images} cars at {resolution}x{resolution} (once, into {folder.parent})"
-        for index, shot in enumerate(tqdm(_shots(tasks), desc=title, total=images, unit="image", mininterval=1)):
-            (making / "images" / f"{index:06d}.png").write_bytes(shot.png)
-            depth[index] = np.round(shot.depth / DEPTH_UNIT)
+        with closing(_shots(tasks)) as shots:
+            for index, shot in enumerate(tqdm(shots, desc=title, total=images, unit="image", mininterval=1)):
+                (making / "images" / f"{index:06d}.png").write_bytes(shot.png)
+                depth[index] = shot.depth
         np.save(making / "depth.npy", depth)
         labels = [[f"images/{index:06d}.png", [*pose.ravel().tolist(), *intrinsics.ravel().tolist()]]
                   for index, (_, pose, intrinsics) in enumerate(plan)]
@@ -114,18 +114,36 @@ def _render_set(folder: Path, resolution: int, images: int, seed: int, held_out:
 
 
 def _shots(tasks: list[raycast.Task]) -> Iterator[raycast.Shot]:
-    """The pictures in order, from one process per core; from this one if they are few, or if processes cannot start."""
+    """The pictures in order, from one process per core; from this one if they are few, or if processes cannot run."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers, done = min(cores, len(tasks) // 64), 0
-    if workers > 1:
-        try:
-            with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-                for shot in pool.map(raycast.take, tasks, chunksize=8):
-                    yield shot
-                    done += 1
-        except BrokenProcessPool:
-            warnings.warn("worker processes could not be kept; rendering goes on in this one", stacklevel=2)
+    count, done = min(cores, len(tasks) // 64), 0
+    workers = [_worker(tasks[start::count]) for start in range(count)] if count > 1 else []
+    try:
+        while workers and done < len(tasks):
+            yield pickle.load(workers[done % count].stdout)
+            done += 1
+    except (EOFError, pickle.UnpicklingError):
+        warnings.warn("worker processes could not run; rendering goes on in this one", stacklevel=2)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.stdout.close()
+            worker.wait()
     yield from map(raycast.take, tasks[done:])
+
+
+def _worker(tasks: list[raycast.Task]) -> subprocess.Popen:
+    """A fresh interpreter at work on the tasks: unlike a multiprocessing child, it never runs the caller's script."""
+    single = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "from datasets.raycast import serve; serve()"], cwd=MESHES.parent.parent,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **single})
+    try:
+        pickle.dump(tasks, worker.stdin)
+        worker.stdin.close()
+    except OSError:  # it died at once, which reading from it will show
+        pass
+    return worker
 
 
 @contextmanager

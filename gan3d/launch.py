@@ -131,7 +131,7 @@ def plain(cfg: Any) -> dict[str, Any]:
 
 
 def configuration(cfg: Any) -> dict[str, Any]:
-    """The run's configuration: the one composed, or, to resume, the run's own with this command line's changes on top."""
+    """The run's configuration: the one composed; to resume, its own with this command line's changes on top."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -190,8 +190,8 @@ def device(name: str) -> Any:
 
 def farewell(folder: Path, history: list[tuple[int, str, float]], module: Any) -> str:
     """The last words of a training run: how the metric moved, and where everything is."""
-    lines = [f"\n{module.step} steps, {module.images_seen / 1000:.1f} thousand images, {module.seconds / 60:.1f} minutes "
-             "of training."]
+    minutes = module.seconds / 60
+    lines = [f"\n{module.step} steps, {module.images_seen / 1000:.1f} thousand images, {minutes:.1f} minutes of training."]
     for name in dict.fromkeys(metric for _, metric, _ in history):
         values = [value for _, metric, value in history if metric == name]
         lines.append(f"{name}: {values[0]:.2f} before training, {values[-1]:.2f} now.")

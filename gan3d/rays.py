@@ -16,7 +16,7 @@ PixelGrid = Literal["centre", "corner", "integer"]
 
 @dataclass(frozen=True)
 class Rays:
-    """origins + t·directions for near ≤ t ≤ far. Directions are unit vectors, so t is a distance. far ≤ near: a miss."""
+    """origins + t·directions, near ≤ t ≤ far. Directions are unit vectors, so t is a distance. far ≤ near: a miss."""
 
     origins: Float[Tensor, "*b n 3"]
     directions: Float[Tensor, "*b n 3"]
@@ -80,7 +80,7 @@ class Bounds:
 def intersect_aabb(
     origins: Float[Tensor, "*b n 3"], directions: Float[Tensor, "*b n 3"], aabb: Float[Tensor, "2 3"]
 ) -> tuple[Float[Tensor, "*b n"], Float[Tensor, "*b n"]]:
-    """Where each ray enters and leaves the box (slab test). leave ≤ enter: it misses; enter may lie behind the origin."""
+    """Where each ray enters and leaves the box (slab test). leave ≤ enter: a miss; enter may lie behind the origin."""
     safe = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)  # no 0·inf
     to_low, to_high = (aabb[0] - origins) / safe, (aabb[1] - origins) / safe
     return torch.minimum(to_low, to_high).amax(-1), torch.maximum(to_low, to_high).amin(-1)
@@ -127,7 +127,7 @@ def camera_rays(
 
 
 class Patch(NamedTuple):
-    """A K×K grid of pixels stretched over part of the image: centre and half-width in [−1, 1] units (GRAF, sec. 3.2)."""
+    """A K×K grid of pixels stretched over part of the image, in units of its half-width (GRAF, sec. 3.2)."""
 
     scale: Tensor  # [b], 1 covers the image
     offset: Tensor  # [b 2], x and y of the centre

@@ -51,7 +51,8 @@ def render_hits(
     seen = render(rays.select(index))
     channels = seen.features.shape[-1]
     empty = seen.features.new_zeros(channels) if background is None else background.to(seen.features)
-    features = empty.expand(*hit.shape, channels).scatter(-2, index[..., None].expand(*index.shape, channels), seen.features)
+    wide = index[..., None].expand(*index.shape, channels)
+    features = empty.expand(*hit.shape, channels).scatter(-2, wide, seen.features)
     zeros = seen.depth.new_zeros(hit.shape)
     return Rendering(features, zeros.scatter(-1, index, seen.depth), zeros.scatter(-1, index, seen.opacity))
 

@@ -1,6 +1,5 @@
 """Which samples: points along rays. t is a distance along the ray; delta is the length that a sample stands for."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,14 +10,6 @@ from gan3d.cameras import Number
 from gan3d.rays import Rays
 
 LAST_DELTA = 1e10  # closes the ray: whatever is dense at the last sample hides what lies behind (NeRF)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Where the field is asked, and the length of ray that the answer stands for; ordered near to far."""
-
-    t: Float[Tensor, "*b s"]
-    delta: Float[Tensor, "*b s"]
 
 
 def spread(rays: Rays, samples: int, jitter: Literal["none", "strata", "offset"] = "none") -> Float[Tensor, "*b n s"]:
@@ -54,7 +45,7 @@ def sample_pdf(
     u: Float[Tensor, "*b m"],
     eps: float = 1e-5,
 ) -> Float[Tensor, "*b m"]:
-    """Points distributed like the piecewise constant density `weights` over bins `edges`: NeRF's inverse CDF (sec. 5.2).
+    """Points distributed as `weights`, piecewise constant over bins `edges`: NeRF's inverse CDF (sec. 5.2).
 
     Args:
         edges: limits of the bins, ascending; one more than there are weights.
@@ -82,6 +73,8 @@ def even_quantiles(shape: tuple[int, ...], samples: int, like: Tensor) -> Float[
     return u.expand(*shape, samples)
 
 
-def merge(first: Float[Tensor, "*b s"], second: Float[Tensor, "*b m"]) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"]]:
+def merge(
+    first: Float[Tensor, "*b s"], second: Float[Tensor, "*b m"]
+) -> tuple[Float[Tensor, "*b k"], Int[Tensor, "*b k"]]:
     """Both sets of distances in order, and for each where it stood in `cat([first, second], -1)`."""
     return torch.cat([first, second], dim=-1).sort(dim=-1, stable=True)

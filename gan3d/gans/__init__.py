@@ -63,6 +63,6 @@ class Generator(Protocol):
 
 @runtime_checkable
 class Discriminator(Protocol):
-    """Images `[b 3 h w]` in [−1, 1] at any of its resolutions → Verdict. `fade` in [0, 1] blends a new resolution in."""
+    """Images `[b 3 h w]` in [−1, 1] → Verdict. `fade` in [0, 1] blends a new resolution in."""
 
     def __call__(self, images: Tensor, fade: float = 1.0, camera: Camera | None = None) -> Verdict: ...

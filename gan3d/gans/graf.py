@@ -62,11 +62,9 @@ class GRAFField(nn.Module):
         """The field of these latents: points `[b n s 3]`, directions `[b n 1 3]` → raw density, rgb in [0, 1]."""
         shape, appearance = z.split(self.z_dims, dim=-1)
         weights = self._fold(shape)
-        of_feature, of_direction, of_appearance = self.view.weight.split(
-            [len(self.feature.weight), self.view.in_features - len(self.feature.weight) - appearance.shape[-1],
-             appearance.shape[-1]], dim=1)
+        parts = [len(self.feature.weight), self.view.in_features - appearance.shape[-1]]
+        of_feature, of_direction, of_appearance = self.view.weight.tensor_split(parts, dim=1)
         image_bias = self.view.bias + of_feature @ self.feature.bias + appearance @ of_appearance.T
-
         encode = partial(positional_encoding, octaves=self.position_octaves)
 
         def field(points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,13 +109,16 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("v", F.normalize(torch.randn(in_channels * 16), dim=0))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d hh ww"]:
-        matrix = self.weight.flatten(1)
+        with torch.autocast(images.device.type, enabled=False):
+            weight = self.weight / self._largest_singular_value(self.weight.flatten(1))
+        return self._conv_forward(images, weight, None)
+
+    def _largest_singular_value(self, matrix: Float[Tensor, "d e"]) -> Float[Tensor, ""]:
         if self.training:
             with torch.no_grad():
                 self.v.copy_(F.normalize(matrix.T @ self.u, dim=0, eps=1e-12))
                 self.u.copy_(F.normalize(matrix @ self.v, dim=0, eps=1e-12))
-        sigma = self.u.clone() @ (matrix @ self.v.clone())  # cloned: the next forward overwrites what backward needs
-        return self._conv_forward(images, self.weight / sigma, None)
+        return self.u.clone() @ (matrix @ self.v.clone())  # cloned: the next forward overwrites what backward needs
 
 
 class PatchDiscriminator(nn.Module):
@@ -195,15 +196,17 @@ class GRAF(nn.Module):
 
     def synthesis(self, ws: Float[Tensor, "b z"], camera: Camera, resolution: int,
                   patch: Patch | None = None) -> Images:
-        """Pictures of side `resolution`, or the patch's pixels of such pictures."""
-        pixels = full_grid(resolution, resolution, ws.device) if patch is None else patch.pixels(resolution, resolution)
+        """Pictures of side `resolution`, or the patch's pixels of such pictures. Not in lower precision (autocast)."""
         side = resolution if patch is None else patch.size
-        rays = camera_rays(camera, pixels, self.bounds, (resolution, resolution), self.pixel_grid)
-        render: Callable[[Rays], Rendering] = partial(self._render, self.field(ws))
-        if not torch.is_grad_enabled():
-            chunk = max(1, POINTS_PER_CHUNK // (self.samples_per_ray * len(ws)))
-            render = partial(render_chunks, render, chunk=chunk)
-        seen = render(rays) if self.bounds.aabb is None else render_hits(render, rays, self.background)
+        with torch.autocast(ws.device.type, enabled=False):
+            size = (resolution, resolution)
+            pixels = full_grid(*size, ws.device) if patch is None else patch.pixels(*size)
+            rays = camera_rays(camera, pixels, self.bounds, size, self.pixel_grid)
+            render: Callable[[Rays], Rendering] = partial(self._render, self.field(ws))
+            if not torch.is_grad_enabled():
+                chunk = max(1, POINTS_PER_CHUNK // (self.samples_per_ray * len(ws)))
+                render = partial(render_chunks, render, chunk=chunk)
+            seen = render(rays) if self.bounds.aabb is None else render_hits(render, rays, self.background)
         rgb = (2 * seen.features - 1).transpose(-1, -2).reshape(-1, 3, side, side)
         return Images(rgb, rgb, seen.depth.reshape(-1, side, side), seen.opacity.reshape(-1, side, side))
 

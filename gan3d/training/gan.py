@@ -98,7 +98,7 @@ class GANModule(pl.LightningModule):
 
     # What Lightning asks for
 
-    def configure_optimizers(self):
+    def configure_optimizers(self):  # type: ignore[override]
         return (self.optimizer_g(self.generator.parameters(), lr=self.lr_g(0)),
                 self.optimizer_d(self.discriminator.parameters(), lr=self.lr_d(0)))
 
@@ -120,7 +120,7 @@ class GANModule(pl.LightningModule):
     def training_step(self, batch, batch_index: int) -> None:
         started = time.perf_counter()
         self.before_step()
-        optimizer_g, optimizer_d = self.optimizers()
+        optimizer_g, optimizer_d = self.optimizers()  # type: ignore[attr-defined]
         self.update_discriminator(optimizer_d, batch.images)
         self.update_generator(optimizer_g, len(batch.images))
         self.step += 1
@@ -166,7 +166,7 @@ class GANModule(pl.LightningModule):
         self.discriminator.requires_grad_(False)  # its gradients are not needed, so they are not computed
         optimizer.zero_grad(set_to_none=True)
         parts = self.draw(batch, "g").split(self.splits(self.step))
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for part in parts:
             fakes = self.generate(part)
             verdict = self.judge(fakes.images)
@@ -201,11 +201,9 @@ class GANModule(pl.LightningModule):
         self.reseed(phase)
         z = torch.randn(batch * world, self.generator.z_dim)
         camera = self.poses.sample(batch * world)
-        patches = [None, None]
-        if self.patch is not None:
-            patches = [self.patch.sample(batch * world, self.step) for _ in range(2)]
+        patches = [self.patch and self.patch.sample(batch * world, self.step) for _ in range(2)]
         share = slice(rank * batch, (rank + 1) * batch)
-        drawn = Draws(z[share], camera[share], *(p and Patch(p.scale[share], p.offset[share], p.size) for p in patches))
+        drawn = Draws(z, camera, *patches).select(share)
         self.reseed(phase, rank)
         return drawn.to(self.device)
 
@@ -251,7 +249,7 @@ class GANModule(pl.LightningModule):
 
     @property
     def generator_ema(self) -> nn.Module:
-        return self.averages[0].average
+        return self.averages[0].average  # type: ignore[return-value]
 
 
 class Draws(NamedTuple):
@@ -272,7 +270,10 @@ class Draws(NamedTuple):
         """`parts` nearly equal parts of the batch."""
         cuts = torch.arange(len(self.z)).tensor_split(min(parts, len(self.z)))
 
-        def cut(patch, i):
-            return patch and Patch(patch.scale[i], patch.offset[i], patch.size)
+        return [self.select(cut) for cut in cuts]
 
-        return [Draws(self.z[i], self.camera[i], cut(self.patch, i), cut(self.real_patch, i)) for i in cuts]
+    def select(self, index) -> "Draws":
+        def cut(patch):
+            return patch and Patch(patch.scale[index], patch.offset[index], patch.size)
+
+        return Draws(self.z[index], self.camera[index], cut(self.patch), cut(self.real_patch))

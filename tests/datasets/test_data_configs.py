@@ -1,0 +1,57 @@
+"""configs/data: every file has the same keys and builds what it names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from gan3d.rays import Bounds
+
+FILES = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
+KEYS = {"name", "root", "resolution", "flip", "up", "dataset", "poses", "bounds"}
+
+
+def load(path, **changes):
+    return OmegaConf.merge({"data": OmegaConf.load(path)}, {"data": changes}).data
+
+
+def test_the_seven_sets_are_there():
+    assert {path.stem for path in FILES} == {"afhq", "carla", "cars", "cats", "celeba", "ffhq", "folder"}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_data_config_builds_poses_bounds_and_collection(path, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    config = load(path, root=str(tmp_path), resolution=16)
+    assert set(config) == KEYS and config.name == path.stem
+    if path.stem == "cars":
+        config.dataset.images = 2
+    pictures = instantiate(config.dataset, _convert_="all")
+    assert pictures[0].shape == (3, 16, 16) and pictures.name == path.stem
+    bounds, poses = (instantiate(config[key], _convert_="all") for key in ("bounds", "poses"))
+    assert isinstance(bounds, Bounds)
+    camera = poses.sample(64, torch.Generator().manual_seed(0))
+    target = torch.tensor(poses.target)
+    distance = (camera.position - target).norm(dim=-1)
+    assert (distance > bounds.near).all() and (distance < bounds.far).all()  # the target lies between near and far
+    toward = ((target - camera.position) * camera.camera_to_world[:, :3, 2]).sum(-1)
+    assert torch.allclose(toward, distance, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_root_lies_in_data_under_the_name_of_the_set(path):
+    raw = OmegaConf.load(path)
+    assert OmegaConf.is_missing(raw, "root") if path.stem == "folder" else raw.root == f"data/{path.stem}"
+
+
+@pytest.mark.parametrize("name", ["ffhq", "afhq", "celeba", "cats", "folder"])
+def test_faces_are_seen_from_the_front_and_may_be_flipped(name):
+    config = load(next(path for path in FILES if path.stem == name), root="x")
+    poses = instantiate(config.poses, _convert_="all")
+    mean = poses.sample(4000, torch.Generator().manual_seed(0)).position.mean(0)
+    assert mean[2] > 0.9 and mean[:2].abs().max() < 0.03  # on +z; the standard error of the mean is below 0.006
+    assert config.flip
