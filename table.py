@@ -25,7 +25,7 @@ def table(cfg):
             for model in models:
                 status.update(f"counting {model}")
                 costs.append(tables.frame_cost(model, overrides, cfg.cost.resolution, device, cfg.frames))
-        made, numbers = tables.cost_table(costs), tables.cost_numbers(costs)
+        made, numbers = tables.cost_table(costs), tables.cost_numbers(costs)  # type: ignore[assignment]
     else:
         raise ValueError(f"table={cfg.table}: no such table. Choices: fid, cost.")
     console.print(made)

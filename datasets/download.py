@@ -83,9 +83,9 @@ def _fetch(url: str, part: Path, timeout: float) -> bool:
         if not continued:
             have = 0  # the server sends the whole file again
         length = response.headers.get("Content-Length")
-        total = have + int(length) if length is not None else None
+        size = have + int(length) if length is not None else None
         with open(part, "ab" if continued else "wb") as file, tqdm(
-            total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, mininterval=1
+            total=size, initial=have, unit="B", unit_scale=True, desc=part.stem, mininterval=1
         ) as bar:
             while block := response.read(BLOCK):
                 file.write(block)

@@ -106,7 +106,7 @@ class ImageCollection:
                           f"({'; '.join(f'{n} {why}' for why, n in labelled.skipped.items()) or 'no image files'})")
         self.skipped: Counter[str] = Counter(labelled.skipped)
         self.names = labelled.images[:limit]
-        self.cameras = labelled.camera[:limit] if labelled.camera is not None else None
+        self.cameras: Camera | None = None if labelled.camera is None else labelled.camera[:limit]  # type: ignore
         self._broken: set[int] = set()
         self._allocate()
         small = len(self) <= VERIFY_IMAGES and sum(self._files.sizes[n] for n in self.names) <= VERIFY_BYTES
@@ -137,7 +137,7 @@ class ImageCollection:
 
     def camera(self, indices: Int[Tensor, " b"]) -> Camera | None:
         """The cameras of these pictures, as a batch; None if the set is unposed."""
-        return None if self.cameras is None else self.cameras[indices]
+        return None if self.cameras is None else self.cameras[indices]  # type: ignore[return-value]
 
     def _picture(self, index: int) -> np.ndarray:
         if self._cache is not None and self._cached[index]:

@@ -232,7 +232,9 @@ def write(entries: list[Callable[[], Entry]], out: Path) -> tuple[int, dict[str,
     making = out.with_name(f".making-{out.name}")
     shutil.rmtree(making, ignore_errors=True)
     making.unlink(missing_ok=True)
-    labels, written, skipped = [], 0, {}
+    labels: list = []
+    skipped: dict[str, int] = {}
+    written = 0
     with _Folder(making) if out.suffix != ".zip" else _StoredZip(making) as put:
         for entry in tqdm(_made(entries), total=len(entries), desc=f"writing {out.name}", unit="image", mininterval=1):
             if isinstance(entry, Skipped):

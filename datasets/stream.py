@@ -61,8 +61,8 @@ class _Pictures(Dataset):
     def __getitem__(self, key: tuple[list[int], list[bool]]) -> tuple[Tensor, Tensor]:
         indices, flipped = key
         shown, pictures = zip(*(self.collection.load(index) for index in indices), strict=True)
-        pictures = [image.flip(-1) if turn else image for image, turn in zip(pictures, flipped, strict=True)]
-        return torch.tensor(shown), torch.stack(pictures)
+        turned = [image.flip(-1) if turn else image for image, turn in zip(pictures, flipped, strict=True)]
+        return torch.tensor(shown), torch.stack(turned)
 
 
 def _load(collection: ImageCollection, draws: Callable[[], Iterator[Draw]], workers: int) -> Iterator[ImageBatch]:

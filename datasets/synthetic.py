@@ -29,7 +29,7 @@ from gan3d.poses import Spherical, Uniform, UniformArea
 try:
     import fcntl
 except ImportError:  # Windows: simultaneous first runs may then both render; the renaming keeps that harmless
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 VERSION = 1  # of the pictures: raised whenever the same arguments would give others
 MESHES = Path(__file__).parent / "cars"
@@ -99,7 +99,7 @@ def _render_set(folder: Path, resolution: int, images: int, seed: int, held_out:
                  for index, (model, pose, intrinsics) in enumerate(plan)]
         depth = np.zeros((images, resolution, resolution), np.uint16)
         title = f"rendering {images} cars at {resolution}x{resolution} (once, into {folder.parent})"
-        with closing(_shots(tasks)) as shots:
+        with closing(_shots(tasks)) as shots:  # type: ignore[type-var]
             for index, shot in enumerate(tqdm(shots, desc=title, total=images, unit="image", mininterval=1)):
                 (making / "images" / f"{index:06d}.png").write_bytes(shot.png)
                 depth[index] = shot.depth

@@ -105,7 +105,7 @@ def load_official(path: str | Path, method: str) -> dict[str, dict[str, Tensor]]
 def method_module(method: str) -> ModuleType:
     known = importlib.util.find_spec(f"gan3d.gans.{method}") if method.isidentifier() else None
     module = importlib.import_module(f"gan3d.gans.{method}") if known else None
-    if not hasattr(module, "official_generator"):
+    if module is None or not hasattr(module, "official_generator"):
         raise ValueError(f"no method {method!r} that reads official weights")
     return module
 

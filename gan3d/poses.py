@@ -141,7 +141,7 @@ class FromData:
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Camera:
         cameras = self._observed()
-        return cameras[torch.randint(len(cameras.camera_to_world), (n,), generator=generator)]
+        return cameras[torch.randint(len(cameras.camera_to_world), (n,), generator=generator)]  # type: ignore
 
     def path(self, frames: int) -> Camera:
         cameras = self._observed()

@@ -153,15 +153,17 @@ class Patch(NamedTuple):
 class PatchSampler:
     """GRAF's patches: scale ~ U(lowest(step), 1), offset anywhere that keeps the patch inside the image.
 
-    lowest(step) = min(0.9, max(min_scale, exp(−3·annealing·⌊step/1000⌋))): large views first, details later (sec. 3.2).
+    lowest(step) = min(0.9, max(min_scale, exp(−3·annealing·⌊step/interval⌋))): large views first, details
+    later (sec. 3.2). The authors' interval is 1000 steps.
     """
 
     size: int
     min_scale: Number
     annealing: Number
+    interval: int = 1000
 
     def lowest(self, step: int) -> Number:
-        return min(0.9, max(self.min_scale, math.exp(-3 * self.annealing * (step // 1000))))
+        return min(0.9, max(self.min_scale, math.exp(-3 * self.annealing * (step // self.interval))))
 
     def sample(self, n: int, step: int, device=None) -> Patch:
         lowest = self.lowest(step)

@@ -178,7 +178,8 @@ class Machine:
             case "STACK_GLOBAL":
                 stack.append(name(*self.take(2)))
             case "REDUCE" | "NEWOBJ":
-                self.call(*self.take(2), self.calls)
+                kind, args = self.take(2)
+                self.call(kind, args, self.calls)
             case "NEWOBJ_EX":
                 kind, args, named = self.take(3)
                 self.call(kind, (args, named), {})

@@ -27,7 +27,7 @@ def parse_seeds(seeds: str | int | Sequence[int]) -> list[int]:
         return [seeds]
     if not isinstance(seeds, str):
         return [int(seed) for seed in seeds]
-    chosen = []
+    chosen: list[int] = []
     for part in re.split(r"[+,\s]+", seeds.strip()):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if found is None:
@@ -89,8 +89,8 @@ def photograph(generator: Any, ws: Tensor, cameras: Camera, resolution: int, pix
     parts = []
     for start in range(0, n, batch):
         with _looking(generator) as device:
-            seen = generator.synthesis(ws[start:start + batch].to(device), cameras[start:start + batch].to(device),
-                                       resolution)
+            seen = generator.synthesis(ws[start:start + batch].to(device),
+                                       cameras[start:start + batch].to(device), resolution)  # type: ignore
         parts.append([value.float().cpu() for value in (seen.rgb, seen.raw, seen.depth, seen.opacity)])
     return Images(*(torch.cat(values) for values in zip(*parts, strict=True)))
 

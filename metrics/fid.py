@@ -177,7 +177,7 @@ class DistributionMetric:
         if cached[0] is not None:
             return cached[0]
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(REALS_SEED))[:count]
-        share = Subset(data, order[_rank() :: _world_size()].tolist())  # type: ignore[arg-type]
+        share: Subset = Subset(data, order[_rank() :: _world_size()].tolist())  # type: ignore[arg-type]
         loader = DataLoader(share, self.batch_size, num_workers=self.workers, generator=torch.Generator())
         statistics = FeatureStatistics(self.extractor.num_features)
         for images in _progress(loader, "photographs", len(loader)):

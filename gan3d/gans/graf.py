@@ -85,7 +85,8 @@ class GRAFField(nn.Module):
         for index, layer in enumerate(self.trunk):
             weight, bias = layer.weight, layer.bias.expand(len(shape), -1)
             if index in (0, self.skip_to):
-                of_points, of_shape, of_hidden = weight.tensor_split([encoded, encoded + shape.shape[-1]], dim=1)
+                cuts = [int(encoded), int(encoded) + shape.shape[-1]]
+                of_points, of_shape, of_hidden = weight.tensor_split(cuts, dim=1)
                 bias = bias + shape @ of_shape.T
                 weight, skip = (of_points, None) if index == 0 else (of_hidden, of_points)
             trunk.append(weight)

@@ -32,15 +32,17 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     """conv2d whose second derivatives are convolutions again; R1 needs them every step.
 
     With g the gradient of the output, ⟨g, w ∗ x⟩ is linear in each of x, w and g; `ByInput` and `ByWeight` are its
-    derivatives, and theirs are again such products. PyTorch's double backward instead convolves with kernels as large as
-    the picture, several times slower. The derivative by the weight has a node of its own (of value zero, or the bias),
+    derivatives, and theirs are again such products. PyTorch's double backward instead convolves with kernels as large
+    as the picture, several times slower. The derivative by the weight has a node of its own (of value zero, or the bias),
     because a Python function computes all its derivatives or none, and R1's first pass wants the input's alone.
     """
     if not torch.is_grad_enabled():
         return F.conv2d(x, weight, bias, stride, padding)
     layout = Layout(x.shape, weight.shape, stride, padding)
+    if bias is None:
+        bias = weight.new_zeros(layout.weight[0])
     y = OfInput.apply(x, (weight,), layout)
-    return y + OfWeight.apply(weight, weight.new_zeros(weight.shape[0]) if bias is None else bias, (x,), layout, y.shape)
+    return y + OfWeight.apply(weight, bias, (x,), layout, y.shape)
 
 
 class OfInput(torch.autograd.Function):

@@ -17,7 +17,7 @@ from gan3d.cameras import Number
 
 FREQUENCY_SCALE, FREQUENCY_SHIFT = 15.0, 30.0  # frequency = 15·raw + 30 (released code; supp. of pi-GAN)
 INIT_FREQUENCY = 25.0  # released code; SIREN itself has 30
-CPU_BLOCK = 1024  # points whose activations stay in a core's cache; fewer starve the matrix product
+CPU_BLOCK = 768  # points whose activations stay in a core's cache; fewer starve the matrix product
 DEVICE_BLOCK = 1 << 18  # points at a time elsewhere
 
 
@@ -34,9 +34,10 @@ class MappingNetwork(nn.Module):
             self.layers[-1].weight *= 0.25
 
     def hidden(self, z: Float[Tensor, "b z"]) -> Float[Tensor, "b w"]:
+        x: Tensor = z
         for layer in self.layers[:-1]:
-            z = F.leaky_relu(layer(z), 0.2)
-        return z
+            x = F.leaky_relu(layer(x), 0.2)
+        return x
 
     def forward(self, z: Float[Tensor, "b z"]) -> Float[Tensor, "b o"]:
         return self.layers[-1](self.hidden(z))
@@ -157,11 +158,11 @@ def _forward(points, first, hidden, bias, ray_bias, heads, read, keep: list[Tens
         arguments = points.new_empty(last + 1, m, width) if keep is not None else None
         for k in range(last + 1):
             u = scratch[:m] if arguments is None else arguments[k]
+            torch.mm(x, (first[i] if k == 0 else hidden[i, k - 1]).t(), out=u)
             if k == last:
-                u.view(stop - start, s, width).copy_(ray_bias[i, start:stop, None])
-                torch.addmm(u, x, hidden[i, k - 1].t(), out=u)
+                u.view(stop - start, s, width).add_(ray_bias[i, start:stop, None])
             else:
-                torch.addmm(bias[i, k], x, (first[i] if k == 0 else hidden[i, k - 1]).t(), out=u)
+                u.add_(bias[i, k])
             x = torch.sin(u, out=activation[:m])
             if k in read:
                 torch.addmm(block_out, x, heads[read.index(k)].t(), out=block_out)
@@ -185,8 +186,10 @@ class SineStack(torch.autograd.Function):
     def backward(ctx, grad):
         points, first, hidden, bias, ray_bias, heads, *keep = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the blocks below could not be differentiated again
-            inputs = (first, hidden, bias, ray_bias, heads)
-            _, pull = torch.func.vjp(lambda *a: sine_stack_reference(points, *a, ctx.read), *inputs)
+            pull = torch.func.vjp(
+                lambda first, hidden, bias, ray_bias, heads: sine_stack_reference(
+                    points, first, hidden, bias, ray_bias, heads, ctx.read),
+                first, hidden, bias, ray_bias, heads)[1]
             return None, *pull(grad), None
         return None, *_backward(grad, points, first, hidden, ray_bias, heads, ctx.read, keep), None
 

@@ -22,7 +22,7 @@ from gan3d.training.progress import Pace
 try:
     import resource
 except ImportError:  # Windows has none
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 
 class Dashboard(pl.Callback):

@@ -118,7 +118,7 @@ def wandb_logger(*, folder: str | Path, project: str, mode: str | None = None) -
         mode: "online", "offline", "disabled"; None: WANDB_MODE, else as above.
     Returns: None, after a message, where W&B cannot start, and on all processes but the first.
     """
-    if rank_zero_only.rank:
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
         return None
     wanted = mode or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
     for attempt in dict.fromkeys((wanted, "offline")):
@@ -171,7 +171,7 @@ def log_picture(logger: Logger, name: str, picture: UInt8[Tensor, "h w 3"], step
     if isinstance(logger, WandbLogger):
         import wandb
 
-        logger.log_metrics({name: wandb.Image(picture.numpy())}, step)  # uint8: of floats it would make black
+        logger.log_metrics({name: wandb.Image(picture.numpy())}, step)  # type: ignore[dict-item]  # uint8: of floats it would make black
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(name, picture.numpy(), step, dataformats="HWC")
 
@@ -179,15 +179,15 @@ def log_picture(logger: Logger, name: str, picture: UInt8[Tensor, "h w 3"], step
 def log_histogram(logger: Logger, name: str, values: Tensor, step: int) -> None:
     """Of all finite values, to W&B and TensorBoard."""
     values = values.detach().float().flatten().cpu()
-    values = values[values.isfinite()].numpy()
-    if not len(values):
+    finite = values[values.isfinite()].numpy()
+    if not len(finite):
         return
     if isinstance(logger, WandbLogger):
         import wandb
 
-        logger.log_metrics({name: wandb.Histogram(values)}, step)
+        logger.log_metrics({name: wandb.Histogram(finite)}, step)  # type: ignore[dict-item]
     elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_histogram(name, values, step)
+        logger.experiment.add_histogram(name, finite, step)
 
 
 def log_video(logger: Logger, name: str, path: str | Path, step: int) -> None:
@@ -195,7 +195,7 @@ def log_video(logger: Logger, name: str, path: str | Path, step: int) -> None:
     if isinstance(logger, WandbLogger):
         import wandb
 
-        logger.log_metrics({name: wandb.Video(str(path), format="mp4")}, step)
+        logger.log_metrics({name: wandb.Video(str(path), format="mp4")}, step)  # type: ignore[dict-item]
     elif isinstance(logger, TensorBoardLogger):
         logger.experiment._get_file_writer().add_summary(_gif_summary(name, Path(path)), step)
 

@@ -1,0 +1,129 @@
+"""The verbs as a user meets them: help, mistakes, missing data, kill and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gan3d import launch
+
+ROOT = Path(__file__).parent.parent
+TINY = ["scale=mini", "data.resolution=16", "data.dataset.images=8", "model.generator.width=8", "model.batch_size=2",
+        "model.generator.samples_per_ray=3", "model.discriminator={patch_size: 16, channels: 4}", "metrics.fakes=4",
+        "metrics.reals=8", "metrics.kid_subset_size=4", "metrics.batch_size=4", "metrics.extractor.size=32",
+        "logger=csv"]
+
+
+def run(verb: str, *arguments: str, folder: Path, check: bool = True, **settings) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+    done = subprocess.run([sys.executable, str(ROOT / f"{verb}.py"), *arguments], cwd=folder, env=environment,
+                          capture_output=True, text=True, timeout=300, **settings)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "render", "table", "prepare"])
+@pytest.mark.smoke
+def test_help_answers_without_importing_torch(verb, tmp_path):
+    """Torch alone takes longer to import than help may take: -X importtime lists what was imported."""
+    done = subprocess.run([sys.executable, "-X", "importtime", str(ROOT / f"{verb}.py"), "--help"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and len(done.stdout) > 200
+    assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("modle=graf", ["modle", "Did you mean model?"]),
+    ("model=graff", ["no such model", "Did you mean graf?", "pigan"]),
+    ("data=fhq", ["Did you mean ffhq?"]),
+    ("model.generator.widht=3", ["widht", "Did you mean model.generator.width?"]),
+    ("lr_g=1", ["Did you mean model.lr_g?"]),
+    ("budget_minuts=3", ["Did you mean budget_minutes?"]),
+])
+def test_a_wrong_key_stops_at_once_and_names_the_nearest(argument, words, tmp_path):
+    done = run("train", argument, folder=tmp_path, check=False)
+    assert done.returncode != 0
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.smoke
+def test_missing_data_says_why_where_and_what_to_do(tmp_path):
+    done = run("train", "model=graf", "data=ffhq", folder=tmp_path, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    for words in ("ffhq", str(tmp_path / "data" / "ffhq"), "prepare.py ffhq", "data.root="):
+        assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []  # no run of nothing
+
+
+def test_only_the_embedded_set_defaults_to_mini(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert launch.with_default_scale([]) == ["scale=mini"]
+    assert launch.with_default_scale(["model=pigan"]) == ["model=pigan", "scale=mini"]
+    assert launch.with_default_scale(["data=ffhq"]) == ["data=ffhq"]
+    assert launch.with_default_scale(["scale=paper"]) == ["scale=paper"]
+    assert launch.with_default_scale(["resume=runs/x"]) == ["resume=runs/x"]
+
+
+def test_sweeps_over_devices_are_refused_with_the_remedy(tmp_path):
+    done = run("train", "--multirun", "seed=0,1", "trainer.devices=2", "trainer.accelerator=cpu", *TINY,
+               folder=tmp_path, check=False)
+    assert done.returncode != 0 and "trainer.devices=1" in done.stderr
+
+
+def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(tmp_path):
+    settings = [*TINY, "model.total_steps=12", "trainer.checkpoint.every_steps=2"]
+    run("train", *settings, "name=whole", folder=tmp_path)
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    killed = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *settings, "name=killed", "model.total_steps=100000"],
+                              cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = tmp_path / "runs" / "killed-0" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not (last.exists() and launch.progress(last)["step"] >= 4):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+        if last.exists() and launch.progress(last)["step"] > 10:
+            pytest.skip("this machine is too fast to be killed in time")
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    at = launch.progress(last)["step"]
+    done = run("train", "resume=runs/killed-0", f"model.total_steps={max(12, at + 1)}", folder=tmp_path)
+    assert "killed-0" in done.stdout
+
+    if at < 12:
+        whole = torch.load(tmp_path / "runs" / "whole-0" / "checkpoints" / "last.ckpt", weights_only=True)
+        resumed = torch.load(last, weights_only=True)
+        assert whole["progress"]["step"] == resumed["progress"]["step"] == 12
+        for name, value in whole["state_dict"].items():
+            assert torch.equal(value, resumed["state_dict"][name]), name
+        for mine, theirs in zip(whole["optimizer_states"], resumed["optimizer_states"], strict=True):
+            for index, state in mine["state"].items():
+                for key, value in state.items():
+                    assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs["state"][index][key])), key
+    results = json.loads((tmp_path / "runs" / "killed-0" / "metrics.json").read_text())["results"]
+    assert {r["step"] for r in results} == {0, max(12, at + 1)}
+
+
+def test_train_eval_render_hand_over_to_each_other(tmp_path):
+    run("train", *TINY, "model.total_steps=2", "name=small", folder=tmp_path)
+    folder = tmp_path / "runs" / "small-0"
+    for name in ("config.yaml", "samples.png", "depth.png", "orbit.mp4", "metrics.json", "metrics.jsonl"):
+        assert (folder / name).stat().st_size > 0, name
+    settings = [a for a in TINY if a.startswith("metrics.")]
+    done = run("eval", "checkpoint=runs/small-0", *settings, "seed=7", folder=tmp_path)
+    assert "fd_efficientnet_lite0" in done.stdout
+    results = json.loads((folder / "metrics.json").read_text())["results"]
+    assert {r["seed"] for r in results} == {0, 7}
+    wanted = {"metric", "value", "step", "seconds", "protocol", "model", "data", "seed", "code", "device"}
+    assert all(wanted <= set(r) for r in results)
+    run("render", "checkpoint=runs/small-0", "what=[samples,interpolation]", "frames=3", "seeds=0-1", folder=tmp_path)
+    stray = {p.name for p in tmp_path.iterdir()} - {"runs", "data", "cache"}
+    assert stray == set()
