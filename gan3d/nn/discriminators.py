@@ -33,8 +33,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
 
     With g the gradient of the output, ⟨g, w ∗ x⟩ is linear in each of x, w and g; `ByInput` and `ByWeight` are its
     derivatives, and theirs are again such products. PyTorch's double backward instead convolves with kernels as large
-    as the picture, several times slower. The derivative by the weight has a node of its own (of value zero, or the bias),
-    because a Python function computes all its derivatives or none, and R1's first pass wants the input's alone.
+    as the picture, several times slower. The derivative by the weight has a node of its own, whose value is the bias:
+    a Python function computes all its derivatives or none, and R1's first pass wants the input's alone.
     """
     if not torch.is_grad_enabled():
         return F.conv2d(x, weight, bias, stride, padding)

@@ -31,7 +31,7 @@ class MappingNetwork(nn.Module):
         for layer in self.layers:
             nn.init.kaiming_normal_(layer.weight, a=0.2)
         with torch.no_grad():
-            self.layers[-1].weight *= 0.25
+            self.layers[-1].weight.mul_(0.25)
 
     def hidden(self, z: Float[Tensor, "b z"]) -> Float[Tensor, "b w"]:
         x: Tensor = z
