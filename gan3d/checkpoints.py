@@ -99,7 +99,12 @@ def load_official(path: str | Path, method: str) -> dict[str, dict[str, Tensor]]
             raise CheckpointError(f"it has no generator (it has {known}); is this the authors' file of {method}?")
         if not hasattr(module, "official_discriminator"):
             found.pop("discriminator", None)
-        return {part: convert(module, part, value) for part, value in found.items()}
+        try:
+            return {part: convert(module, part, value) for part, value in found.items()}
+        except CheckpointError:
+            raise
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"it holds no {method} ({error.args[0]}); is it another method's file?") from error
 
 
 def method_module(method: str) -> ModuleType:

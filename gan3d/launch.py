@@ -4,6 +4,7 @@ Imports nothing heavy at the top, so that `--help` answers at once.
 """
 
 import difflib
+import hashlib
 import os
 import re
 import sys
@@ -53,7 +54,7 @@ def quiet() -> None:
     import logging
     import warnings
 
-    for name in ("pytorch_lightning", "lightning", "lightning.pytorch"):
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):  # not reset on import
         logging.getLogger(name).setLevel(logging.ERROR)
     for text in (".*eval mode at the start of training.*", ".*treespec, LeafSpec.*", ".*does not have many workers.*",
                  ".*`weights_only` was not set.*"):
@@ -257,17 +258,19 @@ def load_run(checkpoint: str | Path, cfg: Any = None) -> Run:
         state = {k[len(prefix):]: v for k, v in saved["state_dict"].items() if k.startswith(prefix)}
         progress, cameras, folder = saved["progress"], saved["cameras"], path.parent.parent
     else:
-        if cfg is None:
-            raise Stop(f"{path} is not one of our runs: say which method it belongs to, for instance model=graf")
-        config = plain(cfg)
+        config = official_config(path, cfg)
         weights = checkpoints.load_official(path, config["choices"]["model"])
         state = weights.get("generator_ema") or weights["generator"]
-        progress, cameras, folder = {"step": 0, "seconds": 0.0}, None, path.parent
+        folder = Path(config["runs"]) / f"{path.resolve().stem}-official-{fingerprint(state)}"
+        progress, cameras = {"step": 0, "seconds": 0.0}, None
     generator = instantiate(config["model"]["generator"], _convert_="all")
     try:
         generator.load_state_dict(state)
     except RuntimeError as error:
-        raise Stop(f"{path} does not fit this generator (for the authors' weights use scale=paper):\n{error}") from None
+        misfits = "\n".join(str(error).splitlines()[1:4])
+        choices = config["choices"]
+        raise Stop(f"{path} does not fit model={choices['model']} at scale={choices['scale']} (the authors' weights "
+                   f"need scale=paper, and as model.key=value whatever else they chose):\n{misfits}") from None
     generator.before_step(progress["step"])
     poses = instantiate(config["model"]["poses"], _convert_="all")
     if cameras is not None:
@@ -277,6 +280,26 @@ def load_run(checkpoint: str | Path, cfg: Any = None) -> Run:
     choices = config["choices"]
     return Run(generator.eval().requires_grad_(False), poses, config, config["data"]["resolution"], progress["step"],
                progress["seconds"], folder, f"{choices['model']}_{choices['data']}")
+
+
+def official_config(path: Path, cfg: Any) -> dict[str, Any]:
+    """The composed config, if the command line names the method and the data: an official file carries no camera."""
+    from hydra.core.hydra_config import HydraConfig
+
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    missing = [group for group in ("model", "data") if not any(o.startswith(f"{group}=") for o in given)]
+    if cfg is None or missing:
+        raise Stop(f"{path} is not one of our runs, and the authors' weights carry no configuration: "
+                   f"say {' and '.join(f'{group}=…' for group in missing)} too, for instance model=graf data=carla.")
+    return plain(cfg)
+
+
+def fingerprint(state: Mapping[str, Any]) -> str:
+    """Eight hex digits that tell one set of weights from another."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(state[name].float().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def with_changes(config: dict[str, Any], cfg: Any) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """3D-aware GANs, one paper, one file. What they agree on is the `Generator` protocol; no base class."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from gan3d.cameras import Camera
 from gan3d.cost import Cost
+from gan3d.nn.discriminators import Verdict
 from gan3d.rays import Patch
 from gan3d.rendering import Field
 
@@ -20,14 +21,6 @@ class Images:
     raw: Float[Tensor, "b 3 hr wr"]
     depth: Float[Tensor, "b hr wr"]  # Σ weight·t along the ray, scene units
     opacity: Float[Tensor, "b hr wr"]
-
-
-class Verdict(NamedTuple):
-    """What a discriminator says: the logit, and where the paper has such heads its guess of latent and pose."""
-
-    logit: Tensor  # [b]
-    latent: Tensor | None = None  # [b z_dim]
-    pose: Tensor | None = None  # [b 2], polar and azimuth in radians
 
 
 @runtime_checkable

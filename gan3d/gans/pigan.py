@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
+from gan3d.nn.discriminators import official_discriminator as official_discriminator  # the loader looks for it here
 from gan3d.nn.siren import OFFICIAL_ORDER, FiLMSiren, MappingNetwork, official_siren
 from gan3d.rays import Bounds, Patch, PixelGrid, Rays, camera_rays, full_grid
 from gan3d.rendering import Field, query, render_chunks, render_hits

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan3d.cameras import Camera
-from gan3d.gans import Verdict
+
+
+class Verdict(NamedTuple):
+    """What a discriminator says: the logit, and where the paper has such heads its guess of latent and pose."""
+
+    logit: Tensor  # [b]
+    latent: Tensor | None = None  # [b z_dim]
+    pose: Tensor | None = None  # [b 2], polar and azimuth in radians
 
 
 class Layout(NamedTuple):
