@@ -90,7 +90,7 @@ def _fetch(url: str, part: Path, timeout: float) -> bool:
             while block := response.read(BLOCK):
                 file.write(block)
                 bar.update(len(block))
-    return total is None or _size(part) == total
+    return size is None or _size(part) == size
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
