@@ -185,6 +185,9 @@ class GANModule(pl.LightningModule):
         self.log("train/loss_g", total)
 
     def take_step(self, optimizer, network: nn.Module) -> None:
+        for parameter in network.parameters():
+            if parameter.grad is not None:  # a single bad number must not end a run of weeks (as StyleGAN2's trainer)
+                torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(network.parameters(), self.clip_grad_norm)
         optimizer.step()
