@@ -21,6 +21,7 @@ def train(cfg):
     from gan3d.training.progress import Progress
     from metrics.results import Recorder
 
+    launch.set_threads(settings["threads"])
     metric = instantiate(config["metrics"], _convert_="all")
     torch.manual_seed(config["seed"])
     module = instantiate(config["model"], _convert_="all")

@@ -183,6 +183,16 @@ def strategy(settings: Mapping[str, Any]) -> str:
     return "ddp_find_unused_parameters_true" if settings["strategy"] == "auto" else settings["strategy"]
 
 
+def set_threads(threads: int | None) -> None:
+    """PyTorch's threads within an operation; the fields' own coarse threads stay one a core."""
+    import torch
+
+    from gan3d.nn import parallel  # noqa: F401  (it notes the number of cores first)
+
+    if threads is not None:
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
+
+
 def device(name: str) -> Any:
     import torch
 

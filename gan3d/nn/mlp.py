@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gan3d.nn.parallel import share_out
+
 BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**25}  # of one layer's activations: two such blocks fill a core's 2 MB of cache
 Encode = Callable[[Tensor], Tensor]
 
@@ -82,15 +84,18 @@ class _RadianceMLP(torch.autograd.Function):
         density, colour = points.new_empty(images, count, 1), points.new_empty(images, count, 3)
         ray = torch.arange(count, device=points.device) // (count // ray_bias.shape[1])
         block = _block_rows(weights)
-        scratch = points.new_empty(2, min(block, count), weights.density.shape[1])
-        for image in range(images):
-            for start in range(0, count, block):
-                rows = slice(start, min(start + block, count))
-                turns = [scratch[layer % 2, : rows.stop - start] for layer in range(layers)]
+
+        def run(blocks: Sequence[tuple[int, slice]]) -> None:
+            scratch = points.new_empty(2, min(block, count), weights.density.shape[1])
+            for image, rows in blocks:
+                turns = [scratch[layer % 2, : rows.stop - rows.start] for layer in range(layers)]
                 hidden = _trunk(encode(points[image, rows]), image, weights, out=turns)
                 branch = _branch(hidden, ray_bias[image], ray[rows], weights)
                 torch.addmm(weights.density_bias, hidden, weights.density.T, out=density[image, rows])
                 torch.addmm(weights.colour_bias, branch, weights.colour.T, out=colour[image, rows])
+
+        starts = range(0, count, block)
+        share_out(run, [(i, slice(k, min(k + block, count))) for i in range(images) for k in starts], points.device)
         return density[..., 0], colour
 
     @staticmethod
@@ -99,12 +104,13 @@ class _RadianceMLP(torch.autograd.Function):
         weights = _unflatten(flat, ctx.layers, ctx.skip_to)
         if torch.is_grad_enabled():  # create_graph: the gradient is to be differentiated
             return _plain_gradients(ctx, points, ray_bias, weights, grad_density, grad_colour)
-        grads = _unflatten([None if w is None else torch.zeros_like(w) for w in flat], ctx.layers, ctx.skip_to)
-        grad_ray = torch.zeros_like(ray_bias)
         samples = points.shape[1] // ray_bias.shape[1]
-        for image in range(len(points)):
-            active = ((grad_density[image] != 0) | (grad_colour[image] != 0).any(-1)).nonzero()[:, 0]
-            for rows in active.split(_block_rows(weights)):
+
+        def run(blocks: Sequence[tuple[int, Tensor]]) -> list[Tensor | None]:
+            """Gradients of the ray biases and of `flat`, as far as these blocks contribute."""
+            grads = _unflatten([None if w is None else torch.zeros_like(w) for w in flat], ctx.layers, ctx.skip_to)
+            grad_ray = torch.zeros_like(ray_bias)
+            for image, rows in blocks:
                 ray, inputs = rows // samples, ctx.encode(points[image].index_select(0, rows))
                 hidden = inputs.new_empty(ctx.layers, len(rows), weights.density.shape[1]).unbind()
                 _trunk(inputs, image, weights, out=hidden)
@@ -113,7 +119,17 @@ class _RadianceMLP(torch.autograd.Function):
                 grad_branch, grad_hidden = _pull_heads(*pulls, hidden[-1], branch, weights, grads)
                 grad_ray[image].index_add_(0, ray, grad_branch)
                 _pull_trunk(grad_hidden, inputs, hidden, image, weights, grads)
-        return None, grad_ray, None, None, None, *_flatten(grads)
+            return [grad_ray, *_flatten(grads)]
+
+        active = (grad_density != 0) | (grad_colour != 0).any(-1)
+        blocks = [(image, rows) for image, hit in enumerate(active)
+                  for rows in hit.nonzero()[:, 0].split(_block_rows(weights))]
+        first, *others = share_out(run, blocks, points.device)
+        for other in others:
+            for total, part in zip(first, other, strict=True):
+                if total is not None and part is not None:
+                    total += part
+        return None, first[0], None, None, None, *first[1:]
 
 
 def _flatten(weights: RadianceWeights) -> tuple[Tensor | None, ...]:

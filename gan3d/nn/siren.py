@@ -6,7 +6,7 @@ A FiLM layer sin(f ⊙ (W x + b) + p) equals sin((f ⊙ W) x + (f ⊙ b + p)): t
 image instead of two large ones per point, and what remains is a plain sine network whose weights differ by image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan3d.cameras import Number
+from gan3d.nn.parallel import share_out
 
 FREQUENCY_SCALE, FREQUENCY_SHIFT = 15.0, 30.0  # frequency = 15·raw + 30 (released code; supp. of pi-GAN)
 INIT_FREQUENCY = 25.0  # released code; SIREN itself has 30
-CPU_BLOCK = 768  # points whose activations stay in a core's cache; fewer starve the matrix product
-DEVICE_BLOCK = 1 << 18  # points at a time elsewhere
+CPU_BLOCK_BYTES = 768 << 10  # of a layer's activations: they stay in a core's cache; fewer starve the matrix product
+DEVICE_BLOCK_BYTES = 1 << 28
 
 
 class MappingNetwork(nn.Module):
@@ -137,10 +138,11 @@ def sine_stack_reference(points, first, hidden, bias, ray_bias, heads, read) -> 
     return out
 
 
-def _blocks(points: Tensor):
-    """(image, first ray, end ray) of pieces of about CPU_BLOCK points; whole rays."""
+def _blocks(points: Tensor, width: int) -> list[tuple[int, int, int]]:
+    """(image, first ray, end ray) of pieces whose activations stay in a core's cache; whole rays."""
     b, n, s, _ = points.shape
-    step = max(1, (CPU_BLOCK if points.device.type == "cpu" else DEVICE_BLOCK) // s)
+    rows = (CPU_BLOCK_BYTES if points.device.type == "cpu" else DEVICE_BLOCK_BYTES) // (points.element_size() * width)
+    step = max(1, rows // s)
     return [(i, start, min(start + step, n)) for i in range(b) for start in range(0, n, step)]
 
 
@@ -149,25 +151,32 @@ def _forward(points, first, hidden, bias, ray_bias, heads, read, keep: list[Tens
     b, n, s, _ = points.shape
     last, width = hidden.shape[1], hidden.shape[2]
     out = points.new_zeros(b, n, s, heads.shape[1])
-    blocks = _blocks(points)
-    largest = max(((stop - start) * s for _, start, stop in blocks), default=0)
-    activation, scratch = points.new_empty(2, largest, width)
-    for i, start, stop in blocks:
-        m = (stop - start) * s
-        x, block_out = points[i, start:stop].reshape(m, 3), out[i, start:stop].view(m, -1)
-        arguments = points.new_empty(last + 1, m, width) if keep is not None else None
-        for k in range(last + 1):
-            u = scratch[:m] if arguments is None else arguments[k]
-            torch.mm(x, (first[i] if k == 0 else hidden[i, k - 1]).t(), out=u)
-            if k == last:
-                u.view(stop - start, s, width).add_(ray_bias[i, start:stop, None])
-            else:
-                u.add_(bias[i, k])
-            x = torch.sin(u, out=activation[:m])
-            if k in read:
-                torch.addmm(block_out, x, heads[read.index(k)].t(), out=block_out)
-        if keep is not None:
-            keep.append(arguments)
+
+    def run(blocks: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+        largest = max(((stop - start) * s for _, start, stop in blocks), default=0)
+        activation, scratch = points.new_empty(2, largest, width)
+        kept = []
+        for i, start, stop in blocks:
+            m = (stop - start) * s
+            x, block_out = points[i, start:stop].reshape(m, 3), out[i, start:stop].view(m, -1)
+            arguments = points.new_empty(last + 1, m, width) if keep is not None else None
+            for k in range(last + 1):
+                u = scratch[:m] if arguments is None else arguments[k]
+                torch.mm(x, (first[i] if k == 0 else hidden[i, k - 1]).t(), out=u)
+                if k == last:
+                    u.view(stop - start, s, width).add_(ray_bias[i, start:stop, None])
+                else:
+                    u.add_(bias[i, k])
+                x = torch.sin(u, out=activation[:m])
+                if k in read:
+                    torch.addmm(block_out, x, heads[read.index(k)].t(), out=block_out)
+            if arguments is not None:
+                kept.append(arguments)
+        return kept
+
+    shares = share_out(run, _blocks(points, width), points.device)
+    if keep is not None:
+        keep += [arguments for share in shares for arguments in share]
     return out
 
 
@@ -197,30 +206,41 @@ class SineStack(torch.autograd.Function):
 def _backward(grad, points, first, hidden, ray_bias, heads, read, keep: list[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of first, hidden, bias, ray_bias and heads, block by block, from the top layer down."""
     s, last, width = points.shape[2], hidden.shape[1], hidden.shape[2]
-    d_first, d_hidden, d_ray_bias, d_heads = map(torch.zeros_like, (first, hidden, ray_bias, heads))
-    d_bias = hidden.new_zeros(hidden.shape[:3])
-    activation, slope, scratch = points.new_empty(3, max((u.shape[1] for u in keep), default=0), width)
-    for (i, start, stop), arguments in zip(_blocks(points), keep, strict=True):
-        m = arguments.shape[1]
-        g = grad[i, start:stop].reshape(m, -1)
-        h, du, dh = activation[:m], slope[:m], scratch[:m].zero_()
-        torch.sin(arguments[last], out=h)
-        for k in range(last, -1, -1):
-            if k in read:
-                head = read.index(k)
-                torch.addmm(d_heads[head], g.t(), h, out=d_heads[head])
-                torch.addmm(dh, g, heads[head], out=dh)
-            torch.cos(arguments[k], out=du).mul_(dh)
-            if k == last:
-                torch.sum(du.view(stop - start, s, width), 1, out=d_ray_bias[i, start:stop])
-            else:
-                d_bias[i, k] += du.sum(0)
-            if k == 0:
-                torch.addmm(d_first[i], du.t(), points[i, start:stop].reshape(m, 3), out=d_first[i])
-            else:
-                torch.sin(arguments[k - 1], out=h)
-                torch.addmm(d_hidden[i, k - 1], du.t(), h, out=d_hidden[i, k - 1])
-                torch.mm(du, hidden[i, k - 1], out=dh)
+    d_ray_bias = torch.zeros_like(ray_bias)
+
+    def run(blocks: Sequence[tuple[tuple[int, int, int], Tensor]]) -> tuple[Tensor, ...]:
+        d_first, d_hidden, d_heads = map(torch.zeros_like, (first, hidden, heads))
+        d_bias = hidden.new_zeros(hidden.shape[:3])
+        activation, slope, scratch = points.new_empty(3, max((u.shape[1] for _, u in blocks), default=0), width)
+        for (i, start, stop), arguments in blocks:
+            m = arguments.shape[1]
+            g = grad[i, start:stop].reshape(m, -1)
+            h, du, dh = activation[:m], slope[:m], scratch[:m].zero_()
+            torch.sin(arguments[last], out=h)
+            for k in range(last, -1, -1):
+                if k in read:
+                    head = read.index(k)
+                    torch.addmm(d_heads[head], g.t(), h, out=d_heads[head])
+                    torch.addmm(dh, g, heads[head], out=dh)
+                torch.cos(arguments[k], out=du).mul_(dh)
+                if k == last:
+                    torch.sum(du.view(stop - start, s, width), 1, out=d_ray_bias[i, start:stop])
+                else:
+                    d_bias[i, k] += du.sum(0)
+                if k == 0:
+                    torch.addmm(d_first[i], du.t(), points[i, start:stop].reshape(m, 3), out=d_first[i])
+                else:
+                    torch.sin(arguments[k - 1], out=h)
+                    torch.addmm(d_hidden[i, k - 1], du.t(), h, out=d_hidden[i, k - 1])
+                    torch.mm(du, hidden[i, k - 1], out=dh)
+        return d_first, d_hidden, d_bias, d_heads
+
+    blocks = list(zip(_blocks(points, width), keep, strict=True))
+    total, *others = share_out(run, blocks, points.device)
+    for other in others:
+        for mine, theirs in zip(total, other, strict=True):
+            mine += theirs
+    d_first, d_hidden, d_bias, d_heads = total
     return d_first, d_hidden, d_bias, d_ray_bias, d_heads
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gan3d.nn import mlp
+from gan3d.nn import mlp, parallel
 from gan3d.nn.encodings import positional_encoding
 from gan3d.nn.mlp import RadianceWeights, radiance_mlp, radiance_mlp_plain
 
@@ -50,10 +50,11 @@ def gradients(function, x, ray_bias, w, seen):
     return torch.autograd.grad(loss, [ray_bias, *leaves(w)])
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Blocks of four points, which do not divide the points."""
+@pytest.fixture(autouse=True, params=[1, 3])
+def small_blocks(monkeypatch, request):
+    """Blocks of four points, which do not divide the points; on one thread and on three."""
     monkeypatch.setitem(mlp.BLOCK_BYTES, "cpu", 4 * 6 * 8)
+    monkeypatch.setattr(parallel, "THREADS", request.param)
 
 
 @pytest.mark.smoke

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gan3d.gans.pigan import official_generator
-from gan3d.nn import siren
+from gan3d.nn import parallel, siren
 from gan3d.nn.siren import OFFICIAL_ORDER, FiLMSiren, MappingNetwork, SineStack, sine_stack, sine_stack_reference
 
 CELEBA = [(0.5040391, 0.5079233, 0.5023923, 0.0131401), (0.5185838, 0.5078750, 0.5081204, 0.0141987)]
@@ -93,10 +93,12 @@ def stack_arguments(dtype=torch.float64, b=2, n=5, s=3, w=4, layers=3, scale=1.0
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("block", [1, 4, 1000])
-def test_blocked_stack_and_its_gradients_equal_the_equation(monkeypatch, block):
-    monkeypatch.setattr(siren, "CPU_BLOCK", block)
+def test_blocked_stack_and_its_gradients_equal_the_equation(monkeypatch, block, threads):
     arguments, read = stack_arguments(), (1, 3)
+    monkeypatch.setattr(siren, "CPU_BLOCK_BYTES", block * arguments[2].shape[-1] * arguments[0].element_size())
+    monkeypatch.setattr(parallel, "THREADS", threads)
     expected = sine_stack_reference(*arguments, read)
     found = sine_stack(*arguments, read)
     assert "SineStack" in found.grad_fn.name()
