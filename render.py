@@ -36,12 +36,12 @@ def stills(run, z, resolution, cfg, what, out) -> Iterator[Path]:
     seen, cameras = views.samples(run.generator, run.poses, z, resolution, truncation_psi=cfg.truncation_psi,
                                   camera_seed=cfg.camera_seed)
     if "samples" in what:
-        yield pictures.write_png(out / "samples.png", pictures.grid(pictures.to_uint8(seen.rgb)))
+        yield pictures.write_png(out / "samples.png", pictures.grid(pictures.to_uint8(seen.rgb)), 512)
     if "depth" in what:
-        yield pictures.write_png(out / "depth.png", pictures.grid(pictures.colour_depth(seen.depth, seen.opacity)))
+        yield pictures.write_png(out / "depth.png", pictures.grid(pictures.colour_depth(seen.depth, seen.opacity)), 512)
     if "normals" in what:
         colours = pictures.colour_normals(views.normals(seen, cameras), seen.opacity)
-        yield pictures.write_png(out / "normals.png", pictures.grid(colours))
+        yield pictures.write_png(out / "normals.png", pictures.grid(colours), 512)
 
 
 def videos(run, z, resolution, cfg, what, out) -> Iterator[Path]:

@@ -1,7 +1,7 @@
-"""How fast the GANs are here: `python benchmarks/gans.py [--threads 1] [--repeats 3] [--models graf,pigan] [--json FILE]`.
+"""How fast the GANs are here: `python benchmarks/gans.py [--threads 1] [--models graf,pigan] [--json FILE]`.
 
-Every model is built from its paper configuration. "train" is one iteration as `train.py` runs it (discriminator with R1,
-generator on fresh latents, averages) at batch 2; "frame" is one picture of the averaged generator without gradients.
+Every model is built from its paper configuration. "train" is one iteration as `train.py` runs it (discriminator with
+R1, generator on fresh latents, averages) at batch 2; "frame" is one picture of the averaged generator, no gradients.
 Each case runs in a process of its own: processor seconds of the fastest repeat (all threads together), floating-point
 operations counted while it ran, its share of the speed of a large matrix product in the same process, peak memory.
 """
@@ -130,8 +130,11 @@ def measure(model: str, case: str, threads: int, repeats: int) -> dict[str, floa
     """One case in this process."""
     import torch
 
+    from gan3d.nn import parallel
+
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    parallel.THREADS = threads
     measured = {"train": train, "frame": frame}[case](model, repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate = sgemm_rate()
@@ -153,8 +156,8 @@ def main() -> None:
     rows = []
     for model in arguments.models.split(","):
         for case in CASES:  # in a process of its own, so that its peak memory is its own
-            command = [sys.executable, __file__, "--threads", str(arguments.threads), "--repeats", str(arguments.repeats)]
-            done = subprocess.run([*command, "--case", model, case], stdout=subprocess.PIPE, text=True, check=True)
+            options = ["--threads", str(arguments.threads), "--repeats", str(arguments.repeats), "--case", model, case]
+            done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
             rows.append(row := json.loads(done.stdout.splitlines()[-1]))
             print(f"{model:10} {case:6} {row['cpu_seconds']:7.2f} s {row['flops'] / 1e9:7.0f} GFLOP "
                   f"{row['share_of_sgemm']:5.0%} of sgemm ({row['sgemm_flops'] / 1e9:.0f} GFLOP/s) "

@@ -104,7 +104,7 @@ def load_official(path: str | Path, method: str) -> dict[str, dict[str, Tensor]]
         except CheckpointError:
             raise
         except (KeyError, ValueError) as error:
-            raise CheckpointError(f"it holds no {method} ({error.args[0]}); is it another method's file?") from error
+            raise CheckpointError(f"it holds no {method} ({error.args[0]}); did another method write it?") from error
 
 
 def method_module(method: str) -> ModuleType:

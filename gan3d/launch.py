@@ -54,7 +54,7 @@ def quiet() -> None:
     import logging
     import warnings
 
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):  # not reset on import
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for text in (".*eval mode at the start of training.*", ".*treespec, LeafSpec.*", ".*does not have many workers.*",
                  ".*`weights_only` was not set.*"):
@@ -202,7 +202,8 @@ def device(name: str) -> Any:
 def farewell(folder: Path, history: list[tuple[int, str, float]], module: Any) -> str:
     """The last words of a training run: how the metric moved, and where everything is."""
     minutes = module.seconds / 60
-    lines = [f"\n{module.step} steps, {module.images_seen / 1000:.1f} thousand images, {minutes:.1f} minutes of training."]
+    kimg = module.images_seen / 1000
+    lines = [f"\n{module.step} steps, {kimg:.1f} thousand images, {minutes:.1f} minutes of training."]
     for name in dict.fromkeys(metric for _, metric, _ in history):
         values = [value for _, metric, value in history if metric == name]
         lines.append(f"{name}: {values[0]:.2f} before training, {values[-1]:.2f} now.")
@@ -271,6 +272,9 @@ def load_run(checkpoint: str | Path, cfg: Any = None) -> Run:
         config = official_config(path, cfg)
         weights = checkpoints.load_official(path, config["choices"]["model"])
         state = weights.get("generator_ema") or weights["generator"]
+        if "generator_ema" not in weights:
+            print(f"{path} has no averaged weights, only those of the last step. Where the authors give several files, "
+                  f"name their folder.", file=sys.stderr)
         folder = Path(config["runs"]) / f"{path.resolve().stem}-official-{fingerprint(state)}"
         progress, cameras = {"step": 0, "seconds": 0.0}, None
     generator = instantiate(config["model"]["generator"], _convert_="all")

@@ -129,9 +129,12 @@ def _replacing(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def write_png(path: str | Path, picture: UInt8[Tensor, "h w 3"]) -> Path:
+def write_png(path: str | Path, picture: UInt8[Tensor, "h w 3"], minimum_side: int = 0) -> Path:
+    """A PNG; if its shorter side is below `minimum_side` it is enlarged by a whole factor, pixels staying squares."""
     from PIL import Image
 
+    factor = max(1, -(-minimum_side // min(picture.shape[:2])))
+    picture = enlarge(picture.permute(2, 0, 1), factor).permute(1, 2, 0)
     with _replacing(path) as part:
         Image.fromarray(picture.cpu().numpy()).save(part)
     return Path(path)

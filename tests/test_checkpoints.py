@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gan3d.checkpoints import is_ours, load_official, module_state, read_tensors
+from gan3d.nn.discriminators import ProgressiveDiscriminator
 from gan3d.rebuild import CheckpointError, Name, Record
 
 BOTH = pytest.mark.parametrize("archive", [True, False], ids=["zip", "legacy"])
@@ -631,23 +632,27 @@ def test_a_graf_checkpoint_gives_generator_average_and_discriminator(tmp_path):
             assert all(same(a, b) for a, b in zip(part.values(), theirs.values(), strict=True))
 
 
+def pickled_net(module, layers):
+    """A module of the authors' with such layers in this order, for torch.save to pickle whole."""
+    def empty(kind):
+        made = kind.__new__(kind)
+        nn.Module.__init__(made)
+        return made
+
+    owner = empty(module.Net)
+    for name, shape in layers.items():
+        place = owner
+        for step in name.split("."):
+            if step not in place._modules:
+                place.add_module(step, empty(module.Block))
+            place = place._modules[step]
+        place.weight, place.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape[0]))
+    return owner
+
+
 def pickled_pigan(folder, module):
     """generator.pth and ema.pth as the authors' code pickles them: whole objects."""
-    def net(layers):
-        owner = module.Net.__new__(module.Net)
-        nn.Module.__init__(owner)
-        for name, shape in layers.items():
-            place = owner
-            for step in name.split("."):
-                if step not in place._modules:
-                    inner = module.Block.__new__(module.Block)
-                    nn.Module.__init__(inner)
-                    place.add_module(step, inner)
-                place = place._modules[step]
-            place.weight, place.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape[0]))
-        return owner
-
-    generator = net({f"siren.{name}": shape for name, shape in PIGAN_LAYERS.items()})
+    generator = pickled_net(module, {f"siren.{name}": shape for name, shape in PIGAN_LAYERS.items()})
     generator.z_dim, generator.avg_frequencies = 256, torch.zeros(1, 2304)
     average = module.Average(torch.randn_like(p) for p in generator.parameters())
     with warnings.catch_warnings():
@@ -678,12 +683,41 @@ def test_a_pigan_checkpoint_is_read_from_folder_zip_or_single_file(tmp_path, for
     assert set(load_official(folder / "ema.pth", "pigan")) == {"generator_ema"}
 
 
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_a_nameless_pigan_average_is_read_in_the_order_of_the_parameters(tmp_path, foreign):
+    module, forget = foreign
+    generator = pickled_net(module, {f"siren.{name}": shape for name, shape in PIGAN_LAYERS.items()})
+    save(generator, tmp_path / "generator.pth")
+    save(module.Average(generator.parameters()), tmp_path / "ema.pth")  # before the first step they are the same
+    forget()
+    ours = load_official(tmp_path, "pigan")
+    assert list(ours["generator"]) == list(ours["generator_ema"])
+    assert all(same(ours["generator"][name], ours["generator_ema"][name]) for name in ours["generator"])
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_a_pigan_discriminator_is_read_beside_the_generator(tmp_path, foreign):
+    module, forget = foreign
+    pickled_pigan(tmp_path, module)
+    critic = pickled_net(module, {"layers.0.network.0.conv": (5, 6, 3, 3), "layers.0.network.2.conv": (5, 7, 3, 3),
+                                  "layers.0.proj": (5, 4, 1, 1), "fromRGB.0.model.0": (4, 3, 1, 1),
+                                  "fromRGB.1.model.0": (5, 3, 1, 1), "final_layer": (259, 5, 2, 2)})
+    save(critic, tmp_path / "discriminator.pth")
+    forget()
+    ours = load_official(tmp_path, "pigan")["discriminator"]
+    mine = ProgressiveDiscriminator(channels=[4, 5], coord=True, down="stride", latent_dim=256, pose=True)
+    mine.load_state_dict(ours)
+    assert same(ours["blocks.0.second.weight"], critic.state_dict()["layers.0.network.2.conv.weight"])
+
+
 def test_official_checkpoints_of_the_wrong_kind_say_so(tmp_path):
     other = save({"model": {"w": torch.ones(1)}, "epoch": 3}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"other\.pt: it has no generator \(it has model, epoch\)"):
         load_official(other, "graf")
     with pytest.raises(CheckpointError, match="no parameter of a GRAF generator"):
         load_official(save({"generator": {"w": torch.ones(1)}}, tmp_path / "a.pt"), "graf")
+    with pytest.raises(CheckpointError, match=r"b\.pt: it holds no pigan .*another method"):
+        load_official(save({"generator": random_state({"rgb_linear": (3, 128)})}, tmp_path / "b.pt"), "pigan")
     with pytest.raises(CheckpointError, match="not the networks of a GAN"):
         load_official(save([1, 2], tmp_path / "a.pt"), "graf")
     with pytest.raises(CheckpointError, match="it has nothing"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 
 from gan3d import launch
 
@@ -83,8 +84,9 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(tmp_pa
     run("train", *settings, "name=whole", folder=tmp_path)
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *settings, "name=killed", "model.total_steps=100000"],
-                              cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    endless = [sys.executable, str(ROOT / "train.py"), *settings, "name=killed", "model.total_steps=100000"]
+    killed = subprocess.Popen(endless, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
     last = tmp_path / "runs" / "killed-0" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not (last.exists() and launch.progress(last)["step"] >= 4):
@@ -127,3 +129,37 @@ def test_train_eval_render_hand_over_to_each_other(tmp_path):
     run("render", "checkpoint=runs/small-0", "what=[samples,interpolation]", "frames=3", "seeds=0-1", folder=tmp_path)
     stray = {p.name for p in tmp_path.iterdir()} - {"runs", "data", "cache"}
     assert stray == set()
+
+
+def authors_graf(folder: Path) -> Path:
+    """A weight file as GRAF's authors write it, alone in a folder that nothing can be written to."""
+    shapes = {f"pts_linears.{i}": (256, {0: 191, 5: 447}.get(i, 256)) for i in range(8)}
+    shapes |= {"views_linears.0": (128, 411), "feature_linear": (256, 256), "alpha_linear": (1, 256),
+               "rgb_linear": (3, 128)}
+    state = {f"{name}.{kind}": torch.full(shape if kind == "weight" else shape[:1], 0.01)
+             for name, shape in shapes.items() for kind in ("weight", "bias")}
+    folder.mkdir()
+    torch.save({"generator": state, "generator_test": state, "it": 7}, folder / "carla_128.pt")
+    (folder / "carla_128.pt").chmod(0o444)
+    folder.chmod(0o555)
+    return folder / "carla_128.pt"
+
+
+def test_pictures_of_an_official_file_go_to_a_run_named_after_it(tmp_path):
+    file = authors_graf(tmp_path / "weights")
+    run("render", "model=graf", "data=carla", f"checkpoint={file}", "what=[samples]", "seeds=0", "resolution=4",
+        folder=tmp_path)
+    assert list(file.parent.iterdir()) == [file]
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name.startswith("carla_128-official-") and (made / "renders" / "samples.png").stat().st_size > 0
+    done = run("render", "model=graf", "data=carla", "scale=mini", f"checkpoint={file}", folder=tmp_path, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert all(words in done.stderr for words in ("does not fit", "scale=paper", "radiance.trunk"))
+    assert list((tmp_path / "runs").iterdir()) == [made]
+
+
+def test_an_official_file_without_model_and_data_asks_for_them(tmp_path, monkeypatch):
+    file = authors_graf(tmp_path / "weights")
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    with pytest.raises(launch.Stop, match="say model=… and data=… too"):
+        launch.load_run(file)

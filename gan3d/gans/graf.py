@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images, Verdict
+from gan3d.nn.discriminators import convolve
 from gan3d.nn.encodings import encoding_width, positional_encoding
 from gan3d.nn.mlp import RadianceWeights, radiance_mlp
 from gan3d.rays import Bounds, Patch, PixelGrid, Rays, camera_rays, full_grid
@@ -113,7 +114,7 @@ class SpectralConv2d(nn.Conv2d):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d hh ww"]:
         with torch.autocast(images.device.type, enabled=False):
             weight = self.weight / self._largest_singular_value(self.weight.flatten(1))
-        return self._conv_forward(images, weight, None)
+        return convolve(images, weight, None, self.stride[0], self.padding[0])  # type: ignore[arg-type]
 
     def _largest_singular_value(self, matrix: Float[Tensor, "d e"]) -> Float[Tensor, ""]:
         if self.training:

@@ -112,7 +112,7 @@ class Dashboard(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, name: str, picture: Tensor, step: int) -> None:
         pictures.write_png(self.folder / name / f"step_{step:06d}.png", picture)
-        pictures.write_png(self.folder / f"{name}.png", picture)
+        pictures.write_png(self.folder / f"{name}.png", picture, minimum_side=512)
         for logger in trainer.loggers:
             log_picture(logger, f"image/{name}", picture, step)
 
