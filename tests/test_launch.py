@@ -73,6 +73,14 @@ def test_only_the_embedded_set_defaults_to_mini(monkeypatch):
     assert launch.with_default_scale(["resume=runs/x"]) == ["resume=runs/x"]
 
 
+def test_a_sweep_makes_a_run_of_every_job(tmp_path):
+    run("train", "--multirun", "seed=0,1", *TINY, "model.total_steps=1", "name=sweep", folder=tmp_path)
+    made = [p for p in (tmp_path / "runs").iterdir() if p.is_dir()]
+    assert {p.name for p in made} == {"sweep-0", "sweep-1"}
+    configs = [(p / "config.yaml").read_text() for p in made]
+    assert sorted("seed: 1\n" in config for config in configs) == [False, True]
+
+
 def test_sweeps_over_devices_are_refused_with_the_remedy(tmp_path):
     done = run("train", "--multirun", "seed=0,1", "trainer.devices=2", "trainer.accelerator=cpu", *TINY,
                folder=tmp_path, check=False)

@@ -94,7 +94,6 @@ class GANModule(pl.LightningModule):
         self.step, self.images_seen, self.seconds = 0, 0, 0.0
         self.config: dict[str, Any] = {}  # as composed; the verb sets it, so that a checkpoint rebuilds its generator
         self.last: dict[str, Tensor] = {}  # of the latest step, for the dashboard
-        self._clock = 0.0
 
     # What Lightning asks for
 
@@ -113,7 +112,9 @@ class GANModule(pl.LightningModule):
             setattr(self, name, value)
 
     def on_train_start(self) -> None:
-        self._clock = time.perf_counter()
+        if self.trainer.precision == "16-mixed":
+            raise ValueError("trainer.precision=16-mixed: R1's squared gradients leave the range of float16, and the "
+                             "sines' arguments its precision. Use bf16-mixed, or 32-true.")
         if self.step >= self.total_steps:
             self.trainer.should_stop = True
 

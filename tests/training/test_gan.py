@@ -100,6 +100,13 @@ def test_patches_of_photographs_and_fakes_are_drawn_independently():
     assert draws.patch is not None and not torch.equal(draws.patch.scale, draws.real_patch.scale)
 
 
+def test_half_precision_is_refused_with_the_remedy():
+    module = toy_module(1)
+    module._trainer = type("Trainer", (), {"precision": "16-mixed"})()
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        module.on_train_start()
+
+
 def test_too_small_photographs_are_refused():
     with pytest.raises(ValueError, match="data.resolution"):
         toy_trainer().fit(toy_module(1, resolution=16), ToyStream(4))
