@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-Piece, Result = TypeVar("Piece"), TypeVar("Result")
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
 
 THREADS = torch.get_num_threads()  # OMP_NUM_THREADS, or the cores there are
 _pool: ThreadPoolExecutor | None = None
