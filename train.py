@@ -6,7 +6,8 @@ from gan3d import launch
 def train(cfg):
     from hydra.utils import instantiate
 
-    config = launch.configuration(cfg)
+    composed = launch.configuration(cfg)
+    config = launch.plain(composed)
     settings = config["trainer"]
     data = instantiate(config["data"]["dataset"], _convert_="all")  # first of all: nothing else is of use without it
 
@@ -28,7 +29,7 @@ def train(cfg):
     module.config = config
     module.poses.observe(data.cameras)
 
-    folder = launch.folder(config)
+    folder = launch.folder(composed)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     begun = launch.progress(checkpoint)
     record = Recorder(folder / "metrics.json", model=config["choices"]["model"], data=data.name, seed=config["seed"],

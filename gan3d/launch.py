@@ -131,31 +131,34 @@ def plain(cfg: Any) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else dict(cfg)  # type: ignore
 
 
-def configuration(cfg: Any) -> dict[str, Any]:
-    """The run's configuration: the one composed; to resume, its own with this command line's changes on top."""
+def configuration(cfg: Any) -> Any:
+    """The run's configuration: the one composed; to resume, its own with this command line's changes on top.
+
+    References between its values are kept, so that what changes on resuming changes everywhere it is used.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     if cfg.resume is None:
-        return plain(cfg)
+        fixed = {"choices": OmegaConf.to_container(cfg.choices, resolve=True), "name": cfg.name}
+        return OmegaConf.create({**OmegaConf.to_container(cfg, resolve=False), **fixed})  # type: ignore[dict-item]
     changes = [o for o in HydraConfig.get().overrides.task if not o.startswith("resume=")]
     groups = [o for o in changes if (CONFIGS / o.split("=")[0].lstrip("+~")).is_dir()]
     if groups:
         raise Stop(f"resume goes on with the run's own configuration; {groups[0]} cannot change it")
     saved = OmegaConf.load(run_folder(cfg.resume) / "config.yaml")
-    return plain(OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": cfg.resume}))
+    return OmegaConf.merge(saved, OmegaConf.from_dotlist(changes), {"resume": cfg.resume})
 
 
-def folder(config: Mapping[str, Any]) -> Path:
+def folder(composed: Any) -> Path:
     """The run's folder, with its config.yaml: a new one, or the one that is resumed; the same in all its processes."""
     from omegaconf import OmegaConf
 
     if "LOCAL_RANK" in os.environ and "GAN3D_RUN" in os.environ:
         return Path(os.environ["GAN3D_RUN"])
-    resumed = config["resume"]
-    made = run_folder(resumed) if resumed else new_folder(Path(config["runs"]), config["name"])
+    made = run_folder(composed.resume) if composed.resume else new_folder(Path(composed.runs), composed.name)
     part = made / ".config.yaml.part"
-    OmegaConf.save(OmegaConf.create({**config, "resume": None}), part)
+    OmegaConf.save(OmegaConf.merge(composed, {"resume": None}), part)
     os.replace(part, made / "config.yaml")
     os.environ["GAN3D_RUN"] = str(made)
     return made

@@ -135,6 +135,9 @@ def test_train_eval_render_hand_over_to_each_other(tmp_path):
     wanted = {"metric", "value", "step", "seconds", "protocol", "model", "data", "seed", "code", "device"}
     assert all(wanted <= set(r) for r in results)
     run("render", "checkpoint=runs/small-0", "what=[samples,interpolation]", "frames=3", "seeds=0-1", folder=tmp_path)
+    run("train", "resume=runs/small-0", "budget_minutes=7", folder=tmp_path)
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["config"]["model"]["budget_minutes"] == 7  # what refers to a changed value changes with it
     stray = {p.name for p in tmp_path.iterdir()} - {"runs", "data", "cache"}
     assert stray == set()
 

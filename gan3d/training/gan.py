@@ -115,10 +115,11 @@ class GANModule(pl.LightningModule):
         if self.trainer.precision == "16-mixed":
             raise ValueError("trainer.precision=16-mixed: R1's squared gradients leave the range of float16, and the "
                              "sines' arguments its precision. Use bf16-mixed, or 32-true.")
-        if self.step >= self.total_steps:
-            self.trainer.should_stop = True
 
     def training_step(self, batch, batch_index: int) -> None:
+        if self.step >= self.total_steps:  # a finished run was resumed: nothing is left to do
+            self.trainer.should_stop = True
+            return
         started = time.perf_counter()
         self.before_step()
         optimizer_g, optimizer_d = self.optimizers()  # type: ignore[attr-defined]
