@@ -100,6 +100,13 @@ def test_patches_of_photographs_and_fakes_are_drawn_independently():
     assert draws.patch is not None and not torch.equal(draws.patch.scale, draws.real_patch.scale)
 
 
+def test_a_finished_run_takes_no_further_step(tmp_path):
+    toy_trainer(Keep(folder=tmp_path, every_minutes=1e9)).fit(toy_module(2), ToyStream(4))
+    again = toy_module(2)
+    toy_trainer().fit(again, ToyStream(4, start=2), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert again.step == 2
+
+
 def test_half_precision_is_refused_with_the_remedy():
     module = toy_module(1)
     module._trainer = type("Trainer", (), {"precision": "16-mixed"})()
