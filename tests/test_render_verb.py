@@ -43,7 +43,7 @@ def test_stills_and_orbit_are_drawn_into_the_run_folder(draw, capsys):
     assert all(path.parent == draw.run.folder / "renders" for path in files.values())
     told = capsys.readouterr().out
     assert all(str(path) in told for path in files.values())
-    assert Image.open(files["samples.png"]).size == (2 * 18 + 2, 2 * 18 + 2)
+    assert Image.open(files["samples.png"]).size == (14 * 38, 14 * 38)  # 2 · 18 + 2, enlarged to 512 or more
     frames = iio.imread(files["orbit.mp4"], plugin="pyav")
     assert len(frames) == 4 and frames.shape[2] > 1.8 * frames.shape[1]  # four side by side, two rows
 
@@ -53,7 +53,9 @@ def test_seeds_and_resolution_are_those_asked_for(draw):
     run = draw.run
     z = views.draw_latents(run.generator, [5, 7])
     seen, _ = views.samples(run.generator, run.poses, z, 8, truncation_psi=0.5)
-    assert np.array_equal(np.array(Image.open(file)), pictures.grid(pictures.to_uint8(seen.rgb)).numpy())
+    drawn = pictures.grid(pictures.to_uint8(seen.rgb)).numpy()
+    factor = -(-512 // min(drawn.shape[:2]))
+    assert np.array_equal(np.array(Image.open(file)), drawn.repeat(factor, 0).repeat(factor, 1))
 
 
 def test_normals_and_interpolation_go_where_told(draw, tmp_path):
