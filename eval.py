@@ -15,8 +15,9 @@ def evaluate(cfg):
     if hasattr(run.poses, "cameras") and run.poses.cameras is None:
         run.poses.observe(data.cameras)
     metric = instantiate(cfg.metrics, _convert_="all")
-    measurements = metric(sampler(run.generator, run.poses, data.resolution, cfg.truncation_psi), data, str(run.poses),
-                          cfg.seed)
+    prior = str(run.poses) if cfg.truncation_psi == 1 else f"{run.poses} psi {cfg.truncation_psi:g}"
+    generate = sampler(run.generator, run.poses, data.resolution, cfg.truncation_psi)
+    measurements = metric(generate, data, prior, cfg.seed)
     record = Recorder(run.folder / "metrics.json", model=run.config["choices"]["model"], data=data.name, seed=cfg.seed)
     record(measurements, run.step, run.seconds)
     for measurement in measurements:

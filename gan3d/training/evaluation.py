@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from gan3d import pictures
 from gan3d.poses import PosePrior
 
 
@@ -21,7 +22,7 @@ def sampler(generator: nn.Module, poses: PosePrior, resolution: int, truncation_
         camera = poses.sample(n, rng).to(device)
         ws = generator.mapping(z, camera, truncation_psi)  # type: ignore[operator]
         rgb = generator.synthesis(ws, camera, resolution).rgb  # type: ignore[operator]
-        return (rgb * 127.5 + 128).clamp(0, 255).to(torch.uint8).cpu()
+        return pictures.to_uint8(rgb).cpu()
 
     return generate
 
