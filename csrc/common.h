@@ -121,4 +121,26 @@ HD Cells make_cells(int64_t x, int64_t y, int64_t z) {
   return {int32_t(x), int32_t(y), int32_t(z), shift};
 }
 
+HD int popcount(uint64_t bits) {
+#ifdef __CUDA_ARCH__
+  return __popcll(bits);
+#else
+  return __builtin_popcountll(bits);
+#endif
+}
+
+// Which cells exist, one bit each in the order of Cells, and where their values are: the row of an existing cell is the
+// number of existing cells before it. 64 cells (a block of 4³) take 12 bytes, whatever the resolution.
+struct VoxelIndex {
+  const int64_t* words;  // bit i of word w: cell 64·w + i
+  const int32_t* rank;   // existing cells before each word
+  Cells cells;
+
+  HD bool exists(int64_t cell) const { return (uint64_t(words[cell >> 6]) >> (cell & 63)) & 1; }
+  HD int32_t row(int64_t cell) const {  // −1: no such voxel
+    const uint64_t word = uint64_t(words[cell >> 6]), bit = uint64_t(1) << (cell & 63);
+    return word & bit ? rank[cell >> 6] + popcount(word & (bit - 1)) : -1;
+  }
+};
+
 }  // namespace gan3d

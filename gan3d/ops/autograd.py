@@ -71,7 +71,8 @@ def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[in
             leaves = [x.detach().requires_grad_(True) for x in given]
             again = _vector_jacobian(reference, leaves, moved, wanted)
         sources = leaves + [moved[p] for p in wanted if inputs[p] is not None]
-        pairs = [(a, g) for a, g in zip(again, grads, strict=True) if a is not None and g is not None and a.requires_grad]
+        pairs = [(a, g) for a, g in zip(again, grads, strict=True)
+                 if a is not None and g is not None and a.requires_grad]
         out: list[Tensor | None] = [None] * (results + count + kept)
         if not pairs:
             return tuple(out)

@@ -137,7 +137,7 @@ def key(cuda: bool) -> str:
 def build() -> tuple[Path, bool]:
     """The compiled library, built if it is not in the cache, and whether it has CUDA kernels.
 
-    One process builds while the others wait (a file lock: it dies with its owner); a build that is killed leaves nothing.
+    One process builds while the others wait (a file lock: it dies with its owner); a killed build leaves no library.
     """
     import fcntl
 

@@ -10,7 +10,7 @@ from gan3d.ops.autograd import differentiable
 
 
 def sh(directions: Float[Tensor, "*b 3"], degree: int) -> Float[Tensor, "*b k"]:
-    """Real spherical harmonics Y_lm, k = (degree + 1)² terms in the order l² + l + m. PlenOctrees (2021), table in code.
+    """Real spherical harmonics Y_lm, k = (degree + 1)² terms in the order l² + l + m. PlenOctrees (2021), sec. 4.
 
     Args:
         directions: unit length (not checked). The derivative treats x, y and z as free: the basis is their polynomial.
