@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 
-def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[int], kept: int = 0) -> None:
+def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[int], kept: int = 0,
+                   selective: bool = False) -> None:
     """Registers the derivatives of `gan3d::<name>`, which returns a tensor or a tuple of tensors.
 
     Args:
@@ -22,6 +23,8 @@ def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[in
         wanted: positions of the differentiable arguments.
         kept: how many of the op's last outputs are no results of `reference` but what its backward op wants to see
             again, not differentiable; they follow the arguments.
+        selective: the backward op takes one more, last argument `bool[] needed`, one for each wanted argument, and may
+            return an empty tensor where it is false: nobody pays for the gradient of points that are constants.
     """
     forward, backward = getattr(torch.ops.gan3d, name).default, getattr(torch.ops.gan3d, name + "_backward").default
     results = len(forward._schema.returns) - kept
@@ -47,7 +50,8 @@ def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[in
         inputs, remembered = arguments(ctx)
         given = [torch.zeros(shape, dtype=dtype, device=device) if g is None else g.contiguous()
                  for g, (shape, dtype, device) in zip(grads, ctx.shapes, strict=False)]
-        found = backward(*given, *inputs, *remembered)
+        extra = ([bool(ctx.needs_input_grad[p]) for p in wanted],) if selective else ()
+        found = backward(*given, *inputs, *remembered, *extra)
         found = found if isinstance(found, (tuple, list)) else (found,)
         out: list[Tensor | None] = [None] * count
         for position, gradient in zip(wanted, found, strict=True):
@@ -58,6 +62,7 @@ def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[in
     def setup_twice(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
         ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.needed = inputs[-1] if selective else [True] * len(wanted)
         ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
 
     def pull_twice(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -71,9 +76,9 @@ def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[in
             leaves = [x.detach().requires_grad_(True) for x in given]
             again = _vector_jacobian(reference, leaves, moved, wanted)
         sources = leaves + [moved[p] for p in wanted if inputs[p] is not None]
-        pairs = [(a, g) for a, g in zip(again, grads, strict=True)
-                 if a is not None and g is not None and a.requires_grad]
-        out: list[Tensor | None] = [None] * (results + count + kept)
+        pairs = [(a, g) for a, g, needed in zip(again, grads, ctx.needed, strict=True)
+                 if needed and a is not None and g is not None and a.requires_grad]
+        out: list[Tensor | None] = [None] * (results + count + kept + selective)
         if not pairs:
             return tuple(out)
         found = list(torch.autograd.grad([a for a, _ in pairs], sources, [g for _, g in pairs], allow_unused=True))

@@ -1,8 +1,8 @@
 """Cells of a regular grid, their order in memory, and the bit field that says which of them exist.
 
 Cells lie in cubes of the largest power-of-two side that divides X, Y and Z, in raster order (z fastest); within a cube
-in Morton order, x lowest. A 128³ grid is one cube: pure Morton order. 160³ is 5³ cubes of 32³. Sides are multiples of 4,
-so that 64 consecutive cells are a block of 4³ voxels and one 64-bit word.
+in Morton order, x lowest. A 128³ grid is one cube: pure Morton order. 160³ is 5³ cubes of 32³. Sides are multiples of
+4, so that 64 consecutive cells are a block of 4³ voxels and one 64-bit word.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ Resolution = tuple[int, int, int]  # X, Y, Z
 
 
 class Voxels(NamedTuple):
-    """Which voxels of a grid exist. Values live in tables `[rows, c]`, one row an existing voxel, in the order of cells.
+    """Which voxels of a grid exist. Values live in tables `[rows, c]`: a row an existing voxel, in the order of cells.
 
     words: int64 `[cells / 64]`; bit i of word w says whether cell 64·w + i exists.
     rank: int32 `[cells / 64 + 1]`; existing voxels before each word, the last entry is their number.
@@ -30,8 +30,8 @@ def check_resolution(resolution: Resolution) -> Resolution:
     """Raises ValueError unless the sides are positive multiples of 4, at most 2048, with fewer than 2^31 cells."""
     x, y, z = resolution
     if min(resolution) < 4 or max(resolution) > 2048 or any(side % 4 for side in resolution) or x * y * z >= 2**31:
-        raise ValueError(f"resolution {tuple(resolution)}: sides must be multiples of 4 from 4 to 2048, and there must be "
-                         "fewer than 2^31 cells")
+        raise ValueError(f"resolution {tuple(resolution)}: sides must be multiples of 4 from 4 to 2048, and there "
+                         "must be fewer than 2^31 cells")
     return x, y, z
 
 

@@ -124,7 +124,7 @@ def _processor() -> str:
 def key(cuda: bool) -> str:
     """A short hash of everything the library depends on."""
     digest = hashlib.sha256()
-    for path in sorted(CSRC.iterdir()):
+    for path in sorted(p for p in CSRC.iterdir() if p.suffix in (".h", ".cpp", ".cuh", ".cu")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     devices = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())] if cuda else []
