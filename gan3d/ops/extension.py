@@ -170,3 +170,23 @@ def _compile(library: Path, cuda: bool) -> None:
     finally:
         os.environ["PATH"] = path
     log.warning("ops: compiled in %.0f s into %s", time.monotonic() - start, library)
+
+
+def check_cuda(*architectures: str) -> None:
+    """Compiles every CUDA kernel for these architectures ("sm_80", …), no more: what a machine with nvcc
+    but no GPU can verify. Says so where there is no nvcc; raises CalledProcessError if a kernel does not compile.
+    """
+    from torch.utils import cpp_extension
+
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("CUDA kernels: not compiled, no nvcc on the PATH")
+        return
+    start = time.monotonic()
+    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in architectures]
+    includes = [f"-I{folder}" for folder in cpp_extension.include_paths()]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([nvcc, "-std=c++20", *CUDA_FLAGS, *targets, "-Xcompiler", "-fPIC", "--threads", "2",
+                        "-diag-suppress", "20015,20012,20013", *includes, "-c", str(CSRC / "ops.cu"),
+                        "-o", f"{folder}/ops.o"], check=True)
+    print(f"CUDA kernels: compiled for {', '.join(architectures)} in {time.monotonic() - start:.0f} s; none was run")
