@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images, Verdict
-from gan3d.nn.discriminators import convolve
+from gan3d.nn.convolution import convolve
 from gan3d.nn.encodings import encoding_width, positional_encoding
 from gan3d.nn.mlp import RadianceWeights, radiance_mlp
 from gan3d.rays import Bounds, Patch, PixelGrid, Rays, camera_rays, full_grid

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan3d.cameras import Camera
+from gan3d.nn.convolution import Conv2d
 
 
 class Verdict(NamedTuple):
@@ -24,111 +25,6 @@ class Verdict(NamedTuple):
     logit: Tensor  # [b]
     latent: Tensor | None = None  # [b z_dim]
     pose: Tensor | None = None  # [b 2], polar and azimuth in radians
-
-
-class Layout(NamedTuple):
-    """What a convolution's adjoints must know besides two of its three tensors."""
-
-    x: torch.Size
-    weight: torch.Size
-    stride: int
-    padding: int
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """conv2d whose second derivatives are convolutions again; R1 needs them every step.
-
-    With g the gradient of the output, ⟨g, w ∗ x⟩ is linear in each of x, w and g; `ByInput` and `ByWeight` are its
-    derivatives, and theirs are again such products. PyTorch's double backward instead convolves with kernels as large
-    as the picture, several times slower. The derivative by the weight has a node of its own, whose value is the bias:
-    a Python function computes all its derivatives or none, and R1's first pass wants the input's alone.
-    """
-    if not torch.is_grad_enabled():
-        return F.conv2d(x, weight, bias, stride, padding)
-    layout = Layout(x.shape, weight.shape, stride, padding)
-    if bias is None:
-        bias = weight.new_zeros(layout.weight[0])
-    y = OfInput.apply(x, (weight,), layout)
-    return y + OfWeight.apply(weight, bias, (x,), layout, y.shape)
-
-
-class OfInput(torch.autograd.Function):
-    """w ∗ x, a function of x alone; w is hidden in a tuple, so that the graph has no edge to it from here."""
-
-    @staticmethod
-    def forward(ctx, x, hidden, layout):
-        ctx.save_for_backward(*hidden)
-        ctx.layout = layout
-        return F.conv2d(x, hidden[0], None, layout.stride, layout.padding)
-
-    @staticmethod
-    def backward(ctx, g):
-        return ByInput.apply(g, *ctx.saved_tensors, ctx.layout), None, None
-
-
-class OfWeight(torch.autograd.Function):
-    """The bias, spread over the output, with w ∗ x's derivative by w; x is hidden in a tuple."""
-
-    @staticmethod
-    def forward(ctx, weight, bias, hidden, layout, shape):
-        ctx.save_for_backward(*hidden)
-        ctx.layout = layout
-        return bias[:, None, None].expand(shape)
-
-    @staticmethod
-    def backward(ctx, g):
-        by_weight = ByWeight.apply(g, *ctx.saved_tensors, ctx.layout) if ctx.needs_input_grad[0] else None
-        return by_weight, g.sum((0, 2, 3)), None, None, None
-
-
-class ByInput(torch.autograd.Function):
-    """∂⟨g, w ∗ x⟩/∂x, a function of g and w."""
-
-    @staticmethod
-    def forward(ctx, g, weight, layout):
-        ctx.save_for_backward(g, weight)
-        ctx.layout = layout
-        return _adjoint(g, weight.new_empty(layout.x), weight, layout, (True, False, False))[0]
-
-    @staticmethod
-    def backward(ctx, x):
-        g, weight = ctx.saved_tensors
-        by_g = convolve(x, weight, None, *ctx.layout[2:]) if ctx.needs_input_grad[0] else None
-        by_weight = ByWeight.apply(g, x, ctx.layout) if ctx.needs_input_grad[1] else None
-        return by_g, by_weight, None
-
-
-class ByWeight(torch.autograd.Function):
-    """∂⟨g, w ∗ x⟩/∂w, a function of g and x."""
-
-    @staticmethod
-    def forward(ctx, g, x, layout):
-        ctx.save_for_backward(g, x)
-        ctx.layout = layout
-        return _adjoint(g, x, x.new_empty(layout.weight), layout, (False, True, False))[1]
-
-    @staticmethod
-    def backward(ctx, weight):
-        g, x = ctx.saved_tensors
-        by_g = convolve(x, weight, None, *ctx.layout[2:]) if ctx.needs_input_grad[0] else None
-        by_x = ByInput.apply(g, weight, ctx.layout) if ctx.needs_input_grad[1] else None
-        return by_g, by_x, None
-
-
-def _adjoint(g: Tensor, x: Tensor, weight: Tensor, layout: Layout, wanted: tuple[bool, bool, bool]):
-    """Of x or weight only the shape is looked at where the other's derivative is wanted."""
-    return torch.ops.aten.convolution_backward(
-        g, x, weight, None, [layout.stride] * 2, [layout.padding] * 2, [1, 1], False, [0, 0], 1, list(wanted))
-
-
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d by `convolve`: the same numbers, quick second derivatives."""
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):  # its casts must be seen by autograd, so not inside a function
-            x, weight, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight, bias))
-        return convolve(x, weight, bias, self.stride[0], self.padding[0])
 
 
 class CoordConv(Conv2d):

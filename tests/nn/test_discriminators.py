@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from gan3d.nn.discriminators import CoordConv, ProgressiveDiscriminator, convolve, official_discriminator
+from gan3d.nn.convolution import convolve
+from gan3d.nn.discriminators import CoordConv, ProgressiveDiscriminator, official_discriminator
 
 FACES = [32, 64, 128, 256, 400, 400, 400, 400]  # at 256, 128, … 2
 CARS = [16, *FACES]
