@@ -1,0 +1,297 @@
+"""EG3D: Efficient Geometry-aware 3D GANs (Chan et al., CVPR 2022). arXiv 2112.07945
+
+z, camera → mapping → ws → StyleGAN2 → three feature planes → field → volume rendering at 64–128 px → super-resolution.
+Follows the released code where it tells more than the paper. Departures: pictures outside training are deterministic;
+the planes lie along xy, xz and zy (`plane_axes: mended`; released weights need `released`, whose third plane repeats
+the second); the points of the density's regulariser fill the box, whatever its size.
+"""
+
+from collections.abc import Mapping as MappingType
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gan3d.cameras import Camera, Number
+from gan3d.cost import Cost, count_flops
+from gan3d.gans import Images
+from gan3d.nn.stylegan2 import FullyConnected, Mapping, Noise, Synthesis, SynthesisBlock
+from gan3d.rays import Bounds, Patch, Rays, camera_rays, full_grid
+from gan3d.rendering import Field, query, render_chunks
+from gan3d.sampling import even_quantiles, merge, sample_pdf
+from gan3d.volume import Rendering
+
+CONDITION_DIM = 25  # a camera-to-world matrix and intrinsics, row by row
+AXES = {"mended": ((0, 1), (0, 2), (2, 1)), "released": ((0, 1), (0, 2), (2, 0))}  # across and up, of each plane
+RAYS_PER_CHUNK = 1 << 12  # per image, where no gradients are wanted
+
+
+def condition(camera: Camera) -> Float[Tensor, "b 25"]:
+    """The camera as mapping and discriminator see it. Our conventions are the release's: OpenCV axes, normalised."""
+    return torch.cat([camera.camera_to_world.flatten(-2), camera.intrinsics.flatten(-2)], dim=-1)
+
+
+class Planes(NamedTuple):
+    """One identity, ready to be seen from anywhere: the backbone is not asked again."""
+
+    ws: Tensor  # [b l d]
+    planes: Tensor  # [b 3 c h w]
+
+
+class Decoder(nn.Module):
+    """The mean of the planes' features → raw density and colour features in about (0, 1). Sec. 3.2.
+
+    Two layers with softplus between; colours are sigmoids widened by 0.001, as in mip-NeRF.
+    """
+
+    def __init__(self, inputs: int, width: int, outputs: int):
+        super().__init__()
+        self.net = nn.Sequential(FullyConnected(inputs, width), nn.Softplus(), FullyConnected(width, 1 + outputs))
+
+    def forward(self, x: Float[Tensor, "*b i"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b c"]]:
+        y = self.net(x)
+        return y[..., 0], torch.sigmoid(y[..., 1:]) * 1.002 - 0.001
+
+
+class SuperResolution(nn.Module):
+    """A feature image → the picture: two StyleGAN2 blocks that carry its first three channels along. Sec. 3.4.
+
+    Args:
+        input_resolution: what comes in is resized to it.
+        channels: feature maps of the two blocks.
+        first_up: both blocks double the size (the release's 8X models); otherwise the second alone.
+        clamp: of the convolutions (256: the release, also where it computes in float32).
+    """
+
+    def __init__(self, *, input_channels: int, input_resolution: int, w_dim: int, channels: tuple[int, int] | list[int],
+                 first_up: bool, clamp: Number | None):
+        super().__init__()
+        self.input_resolution, self.first_up = input_resolution, first_up
+        first = input_resolution * (2 if first_up else 1)
+        self.resolution = 2 * first
+        common = {"w_dim": w_dim, "image_channels": 3, "clamp": clamp}
+        self.block0 = SynthesisBlock(input_channels, channels[0], resolution=first, up=first_up, **common)
+        self.block1 = SynthesisBlock(channels[0], channels[1], resolution=self.resolution, **common)
+
+    def forward(self, features: Float[Tensor, "b c h w"], ws: Float[Tensor, "b l d"], noise: Noise = "none"
+                ) -> Float[Tensor, "b 3 r r"]:
+        """Every layer gets the last w."""
+        if features.shape[-1] != self.input_resolution:
+            size = (self.input_resolution, self.input_resolution)
+            features = F.interpolate(features, size=size, mode="bilinear", align_corners=False, antialias=True)
+        w = ws[:, -1:].expand(-1, 3, -1)
+        x, rgb = self.block0(features, features[:, :3], w, noise)
+        return self.block1(x, rgb, w, noise)[1]
+
+
+class EG3D(nn.Module):
+    """The generator.
+
+    Args:
+        bounds: near and far along each ray. `background` (white for ShapeNet) shines through where little is dense.
+        box: side of the cube that the planes cover; outside it all features are zero.
+        plane_resolution, plane_channels: of each of the three planes.
+        channel_base, channel_max: of the backbone, see `gan3d.nn.stylegan2`.
+        plane_axes: "mended", or "released" for the released weights.
+        decoder_width: hidden units of the decoder.
+        samples_per_ray, fine_samples: coarse and importance samples; both are composited.
+        render_resolution: side of the volume-rendered image that goes into the super-resolution.
+        superresolution: a `SuperResolution`, or None: the rendered image is the picture (of any side).
+        camera_conditioning: the mapping network sees a camera; otherwise zeros in its place.
+        swap: (first, last, steps): in training, the probability that the mapping sees another camera of the batch than
+            the one rendered falls linearly from `first` to `last`. Sec. 3.5.
+        density_weight, density_every, density_points, density_distance: the density is asked to be alike at points so
+            far apart (standard deviation, in units of half the box), every so many steps. Released code.
+        truncation_cutoff: truncation moves so many ws, all if None.
+    """
+
+    def __init__(
+        self,
+        *,
+        bounds: Bounds,
+        box: Number,
+        z_dim: int,
+        w_dim: int,
+        mapping_depth: int,
+        plane_resolution: int,
+        plane_channels: int,
+        channel_base: int,
+        channel_max: int,
+        decoder_width: int,
+        samples_per_ray: int,
+        fine_samples: int,
+        render_resolution: int,
+        superresolution: SuperResolution | None,
+        camera_conditioning: bool,
+        swap: tuple[Number, Number, int] | list[Number],
+        density_weight: Number,
+        density_every: int,
+        density_points: int,
+        density_distance: Number,
+        plane_axes: str = "mended",
+        truncation_cutoff: int | None = None,
+    ):
+        super().__init__()
+        if plane_axes not in AXES:
+            raise ValueError(f"plane_axes must be one of {list(AXES)}, got {plane_axes!r}")
+        self.bounds, self.box, self.z_dim, self.axes = bounds, box, z_dim, AXES[plane_axes]
+        self.samples_per_ray, self.fine_samples = samples_per_ray, fine_samples
+        self.render_resolution, self.truncation_cutoff = render_resolution, truncation_cutoff
+        self.camera_conditioning, self.swap, self.swap_probability = camera_conditioning, tuple(swap), swap[0]
+        self.density_weight, self.density_every = density_weight, density_every
+        self.density_points, self.density_distance = density_points, density_distance
+        self.backbone = nn.Module()  # the release's names: backbone.mapping, backbone.synthesis
+        self.backbone.synthesis = Synthesis(w_dim=w_dim, resolution=plane_resolution, image_channels=3 * plane_channels,
+                                            channel_base=channel_base, channel_max=channel_max)
+        self.backbone.mapping = Mapping(z_dim=z_dim, c_dim=CONDITION_DIM, w_dim=w_dim, depth=mapping_depth,
+                                        num_ws=self.backbone.synthesis.num_ws)
+        features = 3 if superresolution is None else superresolution.block0.conv0.weight.shape[1]
+        self.decoder = Decoder(plane_channels, decoder_width, features)
+        self.superresolution = superresolution
+
+    def mapping(self, z: Float[Tensor, "b z"], camera_condition: Camera | None = None, truncation_psi: Number = 1.0
+                ) -> Float[Tensor, "b l w"]:
+        """Without a camera, or where the model is not conditioned on it, zeros take its place."""
+        if camera_condition is None or not self.camera_conditioning:
+            c = z.new_zeros(len(z), CONDITION_DIM)
+        else:
+            c = condition(camera_condition).to(z).expand(len(z), -1)
+            if self.training and self.swap_probability > 0:
+                swapped = torch.rand(len(z), 1, device=z.device) < self.swap_probability
+                c = torch.where(swapped, c.roll(1, 0), c)
+        return self.backbone.mapping(z, c, truncation_psi, self.truncation_cutoff)
+
+    def prepare(self, ws: Float[Tensor, "b l w"]) -> Planes:
+        """The planes of these identities: `synthesis` and `field` take them instead of ws, for any camera."""
+        planes = self.backbone.synthesis(ws, "random" if self.training else "const")
+        return Planes(ws, planes.unflatten(1, (3, -1)))
+
+    def field(self, ws: Tensor | Planes) -> Field:
+        """raw density (softplus of it, minus 1, is the density) and colour features, the first three about rgb."""
+        planes = (ws if isinstance(ws, Planes) else self.prepare(ws)).planes
+
+        def ask(points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+            place = points.flatten(1, -2) * (2 / self.box)
+            return self.decoder(sample_planes(planes, place, self.axes).unflatten(1, points.shape[1:-1]))
+
+        return ask
+
+    def synthesis(self, ws: Tensor | Planes, camera: Camera, resolution: int, patch: Patch | None = None) -> Images:
+        """Pictures of side `resolution`. Raises: ValueError for a patch, or a side other than the upsampler's."""
+        if patch is not None:
+            raise ValueError("EG3D draws whole pictures: set model.patch=null")
+        if self.superresolution is not None and resolution != self.superresolution.resolution:
+            raise ValueError(f"this EG3D draws {self.superresolution.resolution}² pictures, not {resolution}²")
+        ready = ws if isinstance(ws, Planes) else self.prepare(ws)
+        side = resolution if self.superresolution is None else self.render_resolution
+        rays = camera_rays(camera, full_grid(side, side, device=ready.planes.device), self.bounds, (side, side))
+        field = self.field(ready)
+
+        def render(part: Rays) -> Rendering:
+            return self.render(field, part)
+
+        seen = render(rays) if torch.is_grad_enabled() else render_chunks(render, rays, RAYS_PER_CHUNK)
+        features = 2 * seen.features.mT.unflatten(-1, (side, side)) - 1
+        raw = features[:, :3]
+        rgb = raw if self.superresolution is None else self.superresolution(features, ready.ws)
+        return Images(rgb, raw, seen.depth.unflatten(-1, (side, side)), seen.opacity.unflatten(-1, (side, side)))
+
+    def render(self, field: Field, rays: Rays) -> Rendering:
+        """Coarse samples, importance samples where they found something, all composited together (supplement)."""
+        s = self.samples_per_ray
+        steps = torch.linspace(0, 1, s, device=rays.near.device, dtype=rays.near.dtype)
+        t = rays.near[..., None] + (rays.far - rays.near)[..., None] * steps
+        jitter = torch.rand_like(t) if self.training else torch.full_like(t, 0.5)
+        t = t + jitter * ((rays.far - rays.near)[..., None] / (s - 1))  # one-sided, so the last may pass `far`
+        raw_density, features = query(field, rays, t)
+        if not self.fine_samples:
+            order = torch.arange(s, device=t.device).expand(t.shape)
+            return self._composite(t, order, raw_density, [features])
+        with torch.no_grad():
+            fine = self._importance(t, interval_weights(raw_density, t))
+        more_density, more_features = query(field, rays, fine)
+        t, order = merge(t, fine)
+        raw_density = torch.cat([raw_density, more_density], -1)
+        return self._composite(t, order, raw_density, [features, more_features])
+
+    def _importance(self, t: Float[Tensor, "b n s"], weights: Float[Tensor, "b n s-1"]) -> Float[Tensor, "b n m"]:
+        """Distances drawn from the coarse weights, blurred as in mip-NeRF.
+
+        As released, the weight of the interval (t_j, t_{j+1}) is spread over the midpoints around t_j: half an interval
+        towards the camera.
+        """
+        blurred = F.avg_pool1d(F.max_pool1d(weights, 2, 1, padding=1), 2, 1) + 0.01
+        middle = (t[..., 1:] + t[..., :-1]) / 2
+        shape = (*t.shape[:-1], self.fine_samples)
+        u = torch.rand(shape, device=t.device, dtype=t.dtype) if self.training else even_quantiles(
+            t.shape[:-1], self.fine_samples, t)
+        return sample_pdf(middle[..., :-1], blurred[..., 1:-1], u)
+
+    def _composite(self, t: Tensor, order: Tensor, raw_density: Tensor, features: list[Tensor]) -> Rendering:
+        """Features stay where they were computed: the weights are brought into their order instead."""
+        weights = interval_weights(raw_density.gather(-1, order), t)
+        opacity = weights.sum(-1)
+        depth = (weights * (t[..., 1:] + t[..., :-1])).sum(-1) / 2
+        shared = F.pad(weights, (0, 1)) + F.pad(weights, (1, 0))  # an interval has the mean colour of its two ends
+        shared = torch.zeros_like(shared).scatter(-1, order, shared / 2)
+        parts = shared.split([f.shape[-2] for f in features], dim=-1)
+        colour = sum(torch.matmul(w[..., None, :], f)[..., 0, :] for w, f in zip(parts, features, strict=True))
+        if self.bounds.background is not None:
+            behind = colour.new_tensor(self.bounds.background)
+            if colour.shape[-1] != len(behind):  # the release's white, in every channel
+                behind = behind.mean().expand(colour.shape[-1])
+            colour = colour + (1 - opacity)[..., None] * behind
+        return Rendering(colour, depth, opacity)
+
+    def regularizers(self, ws: Tensor, step: int) -> dict[str, Tensor]:
+        """The density must be alike at neighbouring points."""
+        if not self.density_weight or step % self.density_every:
+            return {}
+        near = 2 * torch.rand(len(ws), self.density_points, 1, 3, device=ws.device) - 1
+        points = torch.cat([near, near + self.density_distance * torch.randn_like(near)], 1) * (self.box / 2)
+        raw_density, _ = self.field(ws)(points, points)
+        first, second = raw_density.chunk(2, dim=1)
+        return {"reg_density": self.density_weight * self.density_every * (first - second).abs().mean()}
+
+    def before_step(self, step: int) -> None:
+        first, last, steps = self.swap
+        self.swap_probability = first + (last - first) * min(1.0, step / steps) if steps else last
+
+    def cost(self, resolution: int) -> Cost:
+        """Per sample: the decoder (the planes are read, not multiplied). Fixed: mapping, backbone, super-resolution."""
+        weight = self.decoder.net[0].weight
+        ws = weight.new_zeros(1, self.backbone.mapping.num_ws, self.backbone.mapping.embed.weight.shape[0])
+        side = resolution if self.superresolution is None else self.render_resolution
+        fixed = count_flops(lambda: self.mapping(weight.new_zeros(1, self.z_dim)))
+        fixed += count_flops(lambda: self.prepare(ws))
+        if self.superresolution is not None:
+            channels = self.superresolution.block0.conv0.weight.shape[1]
+            fixed += count_flops(lambda: self.superresolution(weight.new_zeros(1, channels, side, side), ws))
+        flops = count_flops(lambda: self.decoder(weight.new_zeros(64, weight.shape[1]))) / 64
+        return Cost(side**2, float(self.samples_per_ray + self.fine_samples), flops, float(fixed))
+
+
+def interval_weights(raw_density: Float[Tensor, "*b s"], t: Float[Tensor, "*b s"]) -> Float[Tensor, "*b s-1"]:
+    """Weight of each interval between samples, its raw density the mean of the two; mip-NeRF's activation.
+
+    What lies before the first sample and behind the last adds nothing. The shift by −1 makes a new field thin.
+    """
+    density = F.softplus((raw_density[..., 1:] + raw_density[..., :-1]) / 2 - 1)
+    thickness = density * (t[..., 1:] - t[..., :-1])
+    before = thickness.cumsum(-1) - thickness
+    return torch.exp(-before) * -torch.expm1(-thickness)
+
+
+def sample_planes(planes: Float[Tensor, "b 3 c h w"], points: Float[Tensor, "b n 3"], axes: tuple) -> Tensor:
+    """Mean of the planes' features at points in [−1, 1]³ `[b n c]`; zero outside. Sec. 3.2."""
+    places = torch.stack([points[..., list(pair)] for pair in axes], 1)  # [b 3 n 2]
+    features = F.grid_sample(planes.flatten(0, 1), places.flatten(0, 1)[:, None], align_corners=False)
+    return features[:, :, 0].unflatten(0, (-1, 3)).mean(1).mT
+
+
+def official_generator(tensors: MappingType[str, Tensor]) -> dict[str, Tensor]:
+    """The release's tensors have our names; its constant filters and the labels' spread are not kept."""
+    return {name: tensor for name, tensor in tensors.items()
+            if not name.endswith("resample_filter") and name != "dataset_label_std"}
