@@ -266,9 +266,10 @@ class EG3D(nn.Module):
         side = resolution if self.superresolution is None else self.render_resolution
         fixed = count_flops(lambda: self.mapping(weight.new_zeros(1, self.z_dim)))
         fixed += count_flops(lambda: self.prepare(ws))
-        if self.superresolution is not None:
-            channels = self.superresolution.block0.conv0.weight.shape[1]
-            fixed += count_flops(lambda: self.superresolution(weight.new_zeros(1, channels, side, side), ws))
+        upsampler = self.superresolution
+        if upsampler is not None:
+            channels = upsampler.block0.conv0.weight.shape[1]
+            fixed += count_flops(lambda: upsampler(weight.new_zeros(1, channels, side, side), ws))
         flops = count_flops(lambda: self.decoder(weight.new_zeros(64, weight.shape[1]))) / 64
         return Cost(side**2, float(self.samples_per_ray + self.fine_samples), flops, float(fixed))
 
