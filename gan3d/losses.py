@@ -1,6 +1,7 @@
 """What is minimised: the non-saturating adversarial loss, R1, and GRAF's and π-GAN's variants of both as numbers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,12 +41,13 @@ class R1:
     def due(self, step: int) -> bool:
         return self.weight > 0 and step % self.every == 0
 
-    def __call__(self, images: Float[Tensor, "b c h w"], logit: Float[Tensor, " b"]) -> Float[Tensor, ""]:
-        """`logit` must have been computed from `images`, which must require gradients."""
-        (gradient,) = torch.autograd.grad(logit.sum(), images, create_graph=True)
-        penalty = gradient.square().sum((1, 2, 3)).mean()
-        if self.reduction == "per_pixel":
-            penalty = penalty / (images.shape[-1] * images.shape[-2])
+    def __call__(self, images: Sequence[Float[Tensor, "b c _ _"]], logit: Float[Tensor, " b"]) -> Float[Tensor, ""]:
+        """The sum over all `images` the discriminator looks at; they must require gradients and have made `logit`."""
+        gradients = torch.autograd.grad(logit.sum(), list(images), create_graph=True)
+        penalty = logit.new_zeros(())
+        for gradient in gradients:
+            pixels = gradient.shape[-1] * gradient.shape[-2] if self.reduction == "per_pixel" else 1
+            penalty = penalty + gradient.square().sum((1, 2, 3)).mean() / pixels
         return self.weight * self.every * penalty
 
 

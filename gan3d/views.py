@@ -75,22 +75,33 @@ def _repeat(camera: Camera, n: int) -> Camera:
     return camera if len(camera.camera_to_world) == n else Camera(*(value.expand(n, -1, -1) for value in camera))
 
 
-def photograph(generator: Any, ws: Tensor, cameras: Camera, resolution: int, pixels_per_call: int = 4096) -> Images:
+def prepare(generator: Any, ws: Tensor) -> list[Any]:
+    """Each object ready to be seen from any camera (`Generator.prepare`), for `photograph`."""
+    with _looking(generator) as device:
+        return [generator.prepare(w[None].to(device)) for w in ws]
+
+
+def photograph(generator: Any, ws: Tensor | list[Any], cameras: Camera, resolution: int, pixels_per_call: int = 4096
+               ) -> Images:
     """Pictures, on the CPU, of object i through camera i. One camera, or one object, serves all of the other.
 
     Args:
+        ws: of the objects, or what `prepare` made of them: then a view costs its rendering alone.
         pixels_per_call: how many pixels are asked of the generator at once, at least one picture; memory is
             proportional to it.
     """
     n = max(len(ws), len(cameras.camera_to_world))
-    ws = ws if len(ws) == n else ws.expand(n, *ws.shape[1:])
     cameras = _repeat(cameras, n)
-    batch = max(1, pixels_per_call // resolution**2)
+    if isinstance(ws, Tensor):
+        ws = ws if len(ws) == n else ws.expand(n, *ws.shape[1:])
+        batch = max(1, pixels_per_call // resolution**2)
+    else:
+        ws, batch = ws if len(ws) == n else ws * n, 1
     parts = []
     for start in range(0, n, batch):
         with _looking(generator) as device:
-            seen = generator.synthesis(ws[start:start + batch].to(device),
-                                       cameras[start:start + batch].to(device), resolution)  # type: ignore
+            part = ws[start:start + batch].to(device) if isinstance(ws, Tensor) else ws[start]
+            seen = generator.synthesis(part, cameras[start:start + batch].to(device), resolution)  # type: ignore
         parts.append([value.float().cpu() for value in (seen.rgb, seen.raw, seen.depth, seen.opacity)])
     return Images(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
@@ -110,16 +121,17 @@ def orbit(
     """Frames: the objects ws side by side, all through camera i; below them their depth, in colours that mean the
     same in every frame."""
     frames = len(cameras.camera_to_world)
+    ready = prepare(generator, ws)
     if not depth:
         for i in range(frames):
-            seen = photograph(generator, ws, cameras[i:i + 1], resolution)
+            seen = photograph(generator, ready, cameras[i:i + 1], resolution)
             yield pictures.grid(pictures.to_uint8(seen.rgb), len(ws))
         return
-    probes = {i: photograph(generator, ws, cameras[i:i + 1], resolution) for i in range(0, frames, -(-frames // 4))}
+    probes = {i: photograph(generator, ready, cameras[i:i + 1], resolution) for i in range(0, frames, -(-frames // 4))}
     limits = pictures.depth_range(torch.cat([seen.depth for seen in probes.values()]),
                                   torch.cat([seen.opacity for seen in probes.values()]))
     for i in range(frames):
-        seen = probes.pop(i) if i in probes else photograph(generator, ws, cameras[i:i + 1], resolution)
+        seen = probes.pop(i) if i in probes else photograph(generator, ready, cameras[i:i + 1], resolution)
         colours = pictures.colour_depth(seen.depth, seen.opacity, limits)
         rgb = pictures.to_uint8(seen.rgb)
         yield pictures.grid(torch.cat([rgb, pictures.fit(colours, rgb.shape[-2])]), len(ws))

@@ -26,6 +26,9 @@ class Ball(nn.Module):
     def mapping(self, z, camera_condition=None, truncation_psi=1.0):
         return truncation_psi * z
 
+    def prepare(self, ws):
+        return ws
+
     def field(self, ws):
         def ask(points, directions):
             raw_density = 200 * (self.radius - points.norm(dim=-1))

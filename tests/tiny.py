@@ -4,5 +4,10 @@ TINY = {
     "graf": ["model.generator.width=16", "model.generator.samples_per_ray=5", "model.discriminator.channels=4"],
     "pigan": ["model.generator.width=16", "model.generator.samples_per_ray=3", "model.generator.fine_samples=2",
               "model.discriminator.channels=[4,8,8,8,8]"],
+    "eg3d": ["model.generator.channel_base=64", "model.generator.channel_max=8", "model.generator.samples_per_ray=4",
+             "model.generator.fine_samples=2", "model.discriminator.channel_base=64",
+             "model.discriminator.channel_max=8", "model.generator.camera_conditioning=true"],
 }
 COMMON = ["data=cars", "scale=mini", "data.resolution=32", "model.batch_size=2"]
+SIDE = 32
+ONE_SIZE = {"eg3d"}  # draw SIDE² pictures only: their upsampler ends there

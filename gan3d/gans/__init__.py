@@ -33,8 +33,15 @@ class Generator(Protocol):
         """Latents `[b z_dim]` to `ws`; truncation moves them towards their mean."""
         ...
 
-    def field(self, ws: Tensor) -> Field:
+    def field(self, ws: Any) -> Field:
         """The object itself: density and colour anywhere, with the latents bound."""
+        ...
+
+    def prepare(self, ws: Tensor) -> Any:
+        """All of an identity that does not depend on the camera (planes, voxels; ws itself where there is nothing).
+
+        `field` and `synthesis` take it in the place of ws, so that a second view costs only the rendering.
+        """
         ...
 
     def synthesis(self, ws: Any, camera: Camera, resolution: int, patch: Patch | None = None) -> Images:
@@ -56,6 +63,10 @@ class Generator(Protocol):
 
 @runtime_checkable
 class Discriminator(Protocol):
-    """Images `[b 3 h w]` in [−1, 1] → Verdict. `fade` in [0, 1] blends a new resolution in."""
+    """Images `[b 3 h w]` in [−1, 1] → Verdict. `fade` in [0, 1] blends a new resolution in.
 
-    def __call__(self, images: Tensor, fade: float = 1.0, camera: Camera | None = None) -> Verdict: ...
+    `raw`: the image before the upsampler `[b 3 hr wr]`, for those that judge both (EG3D); handed over if model.dual.
+    """
+
+    def __call__(self, images: Tensor, fade: float = 1.0, camera: Camera | None = None, raw: Tensor | None = None
+                 ) -> Verdict: ...

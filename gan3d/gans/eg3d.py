@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
-from gan3d.nn.stylegan2 import FullyConnected, Mapping, Noise, Synthesis, SynthesisBlock
+from gan3d.nn.discriminators import Verdict
+from gan3d.nn.stylegan2 import FullyConnected, Mapping, Noise, StyleGAN2Discriminator, Synthesis, SynthesisBlock
+from gan3d.ramps import Ramp
 from gan3d.rays import Bounds, Patch, Rays, camera_rays, full_grid
-from gan3d.rendering import Field, query, render_chunks
+from gan3d.rendering import Field, query, render_chunks, render_hits
 from gan3d.sampling import even_quantiles, merge, sample_pdf
 from gan3d.volume import Rendering
 
@@ -97,11 +99,11 @@ class EG3D(nn.Module):
         plane_axes: "mended", or "released" for the released weights.
         decoder_width: hidden units of the decoder.
         samples_per_ray, fine_samples: coarse and importance samples; both are composited.
-        render_resolution: side of the volume-rendered image that goes into the super-resolution.
+        render_resolution: side of the volume-rendered image that goes into the super-resolution; rounded as it ramps.
         superresolution: a `SuperResolution`, or None: the rendered image is the picture (of any side).
         camera_conditioning: the mapping network sees a camera; otherwise zeros in its place.
-        swap: (first, last, steps): in training, the probability that the mapping sees another camera of the batch than
-            the one rendered falls linearly from `first` to `last`. Sec. 3.5.
+        swap: in training, the probability that the mapping sees another camera of the batch than the one rendered.
+            Sec. 3.5.
         density_weight, density_every, density_points, density_distance: the density is asked to be alike at points so
             far apart (standard deviation, in units of half the box), every so many steps. Released code.
         truncation_cutoff: truncation moves so many ws, all if None.
@@ -122,10 +124,10 @@ class EG3D(nn.Module):
         decoder_width: int,
         samples_per_ray: int,
         fine_samples: int,
-        render_resolution: int,
+        render_resolution: Ramp,
         superresolution: SuperResolution | None,
         camera_conditioning: bool,
-        swap: tuple[Number, Number, int] | list[Number],
+        swap: Ramp,
         density_weight: Number,
         density_every: int,
         density_points: int,
@@ -138,8 +140,9 @@ class EG3D(nn.Module):
             raise ValueError(f"plane_axes must be one of {list(AXES)}, got {plane_axes!r}")
         self.bounds, self.box, self.z_dim, self.axes = bounds, box, z_dim, AXES[plane_axes]
         self.samples_per_ray, self.fine_samples = samples_per_ray, fine_samples
-        self.render_resolution, self.truncation_cutoff = render_resolution, truncation_cutoff
-        self.camera_conditioning, self.swap, self.swap_probability = camera_conditioning, tuple(swap), swap[0]
+        self.camera_conditioning, self.truncation_cutoff = camera_conditioning, truncation_cutoff
+        self.swap_schedule, self.resolution_schedule = swap, render_resolution
+        self.register_buffer("progress", torch.zeros((), dtype=torch.long))  # steps trained: what the schedules hang on
         self.density_weight, self.density_every = density_weight, density_every
         self.density_points, self.density_distance = density_points, density_distance
         self.backbone = nn.Module()  # the release's names: backbone.mapping, backbone.synthesis
@@ -158,8 +161,8 @@ class EG3D(nn.Module):
             c = z.new_zeros(len(z), CONDITION_DIM)
         else:
             c = condition(camera_condition).to(z).expand(len(z), -1)
-            if self.training and self.swap_probability > 0:
-                swapped = torch.rand(len(z), 1, device=z.device) < self.swap_probability
+            if self.training:
+                swapped = torch.rand(len(z), 1, device=z.device) < self.swap_schedule(int(self.progress))
                 c = torch.where(swapped, c.roll(1, 0), c)
         return self.backbone.mapping(z, c, truncation_psi, self.truncation_cutoff)
 
@@ -192,7 +195,11 @@ class EG3D(nn.Module):
         def render(part: Rays) -> Rendering:
             return self.render(field, part)
 
-        seen = render(rays) if torch.is_grad_enabled() else render_chunks(render, rays, RAYS_PER_CHUNK)
+        def render_all(part: Rays) -> Rendering:
+            return render(part) if torch.is_grad_enabled() else render_chunks(render, part, RAYS_PER_CHUNK)
+
+        hits_only = self.bounds.aabb is not None
+        seen = render_hits(render_all, rays, self._background(ready.planes)) if hits_only else render_all(rays)
         features = 2 * seen.features.mT.unflatten(-1, (side, side)) - 1
         raw = features[:, :3]
         rgb = raw if self.superresolution is None else self.superresolution(features, ready.ws)
@@ -238,12 +245,18 @@ class EG3D(nn.Module):
         shared = torch.zeros_like(shared).scatter(-1, order, shared / 2)
         parts = shared.split([f.shape[-2] for f in features], dim=-1)
         colour = sum(torch.matmul(w[..., None, :], f)[..., 0, :] for w, f in zip(parts, features, strict=True))
-        if self.bounds.background is not None:
-            behind = colour.new_tensor(self.bounds.background)
-            if colour.shape[-1] != len(behind):  # the release's white, in every channel
-                behind = behind.mean().expand(colour.shape[-1])
+        behind = self._background(colour)
+        if behind is not None:
             colour = colour + (1 - opacity)[..., None] * behind
         return Rendering(colour, depth, opacity)
+
+    def _background(self, like: Tensor) -> Tensor | None:
+        """rgb, and its mean in the channels beyond (the release: white in all of them)."""
+        if self.bounds.background is None:
+            return None
+        rgb = like.new_tensor(self.bounds.background)
+        rest = self.decoder.net[2].weight.shape[0] - 1 - len(rgb)
+        return torch.cat([rgb, rgb.mean().expand(rest)])
 
     def regularizers(self, ws: Tensor, step: int) -> dict[str, Tensor]:
         """The density must be alike at neighbouring points."""
@@ -256,8 +269,11 @@ class EG3D(nn.Module):
         return {"reg_density": self.density_weight * self.density_every * (first - second).abs().mean()}
 
     def before_step(self, step: int) -> None:
-        first, last, steps = self.swap
-        self.swap_probability = first + (last - first) * min(1.0, step / steps) if steps else last
+        self.progress.fill_(step)
+
+    @property
+    def render_resolution(self) -> int:
+        return round(self.resolution_schedule(int(self.progress)))
 
     def cost(self, resolution: int) -> Cost:
         """Per sample: the decoder (the planes are read, not multiplied). Fixed: mapping, backbone, super-resolution."""
@@ -290,6 +306,38 @@ def sample_planes(planes: Float[Tensor, "b 3 c h w"], points: Float[Tensor, "b n
     places = torch.stack([points[..., list(pair)] for pair in axes], 1)  # [b 3 n 2]
     features = F.grid_sample(planes.flatten(0, 1), places.flatten(0, 1)[:, None], align_corners=False)
     return features[:, :, 0].unflatten(0, (-1, 3)).mean(1).mT
+
+
+class DualDiscriminator(StyleGAN2Discriminator):
+    """Sees the picture and, enlarged beside it, the image before the super-resolution; and the camera. Sec. 3.4, 3.5.
+
+    So the two must agree, and views must fit their cameras. With `dual` false: the picture and the camera.
+    """
+
+    def __init__(self, *, resolution: int, channel_base: int, channel_max: int, mapping_depth: int, group: int,
+                 dual: bool = True, clamp: Number | None = None):
+        super().__init__(resolution=resolution, image_channels=6 if dual else 3, c_dim=CONDITION_DIM, group=group,
+                         channel_base=channel_base, channel_max=channel_max, mapping_depth=mapping_depth, clamp=clamp)
+        self.dual = dual
+
+    def forward(self, images: Float[Tensor, "b 3 r r"], fade: float = 1.0, camera: Camera | None = None,
+                raw: Float[Tensor, "b 3 h w"] | None = None) -> Verdict:
+        """Raises: ValueError without a camera, or without a raw image where two are judged."""
+        if camera is None:
+            raise ValueError("EG3D's discriminator must know the camera of every photograph, and this data set has "
+                             "none: give it a dataset.json, or choose a model that needs no poses (graf, pigan)")
+        if self.dual:
+            if raw is None:
+                raise ValueError("dual discrimination needs raw images: set model.dual=true")
+            if raw.shape[-1] != images.shape[-1]:
+                raw = F.interpolate(raw, size=images.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
+            images = torch.cat([images, raw], dim=1)
+        return Verdict(super().forward(images, condition(camera).to(images)))
+
+
+def official_discriminator(tensors: MappingType[str, Tensor]) -> dict[str, Tensor]:
+    """The release's tensors have our names; its constant filters are not kept."""
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("resample_filter")}
 
 
 def official_generator(tensors: MappingType[str, Tensor]) -> dict[str, Tensor]:

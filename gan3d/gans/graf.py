@@ -146,7 +146,8 @@ class PatchDiscriminator(nn.Module):
                                    for i, o in zip(widths, widths[1:], strict=False))
         self.verdict = SpectralConv2d(widths[-1], 1, stride=1, padding=0)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], fade: float = 1.0, camera: Camera | None = None) -> Verdict:
+    def forward(self, images: Float[Tensor, "b 3 h w"], fade: float = 1.0, camera: Camera | None = None,
+                raw: Tensor | None = None) -> Verdict:
         if images.shape[-2:] != (self.patch_size, self.patch_size):
             raise ValueError(f"expected patches of {self.patch_size}×{self.patch_size}, got {tuple(images.shape)}")
         if self.flip and self.training:
@@ -196,6 +197,10 @@ class GRAF(nn.Module):
 
     def field(self, ws: Float[Tensor, "b z"]) -> Field:
         return self.radiance.bind(ws)
+
+    def prepare(self, ws: Tensor) -> Tensor:
+        """Nothing is shared between views: ws."""
+        return ws
 
     def synthesis(self, ws: Float[Tensor, "b z"], camera: Camera, resolution: int,
                   patch: Patch | None = None) -> Images:

@@ -105,6 +105,10 @@ class PiGAN(nn.Module):
 
         return ask
 
+    def prepare(self, ws: Tensor) -> Tensor:
+        """Nothing is shared between views: ws."""
+        return ws
+
     def synthesis(
         self, ws: Float[Tensor, "b m"], camera: Camera, resolution: int, patch: Patch | None = None
     ) -> Images:

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gan3d.cameras import Number
+
 
 class Layout(NamedTuple):
     """What a convolution's adjoints must know besides two of its three tensors."""
@@ -153,3 +155,18 @@ def downsampling_convolution(x: Tensor, weight: Float[Tensor, "o c k k"]) -> Flo
     if weight.shape[-1] == 1:
         return convolve(downsample(x), weight, None, 1, 0)
     return convolve(smooth(x, padding=2), weight, None, 2, 0)
+
+
+def gaussian_blur(x: Float[Tensor, "b c h w"], sigma: Number) -> Float[Tensor, "b c h w"]:
+    """x blurred by 2^(−(distance/sigma)²) in both directions, cut at 3 sigma; zeros outside. StyleGAN3's trainer.
+
+    sigma is in pixels; below a third of one there is nothing to blur.
+    """
+    half = int(3 * sigma)
+    if half == 0:
+        return x
+    distance = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
+    taps = torch.exp2(-(distance / sigma).square())
+    taps = (taps / taps.sum()).expand(x.shape[1], 1, 2 * half + 1)
+    x = F.conv2d(x, taps[..., None], padding=(half, 0), groups=x.shape[1])
+    return F.conv2d(x, taps[..., None, :], padding=(0, half), groups=x.shape[1])

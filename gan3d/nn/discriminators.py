@@ -97,7 +97,8 @@ class ProgressiveDiscriminator(nn.Module):
         )
         self.final = Conv2d(channels[-1], 1 + latent_dim + 2 * pose, 2)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"], fade: float = 1.0, camera: Camera | None = None) -> Verdict:
+    def forward(self, images: Float[Tensor, "b 3 h w"], fade: float = 1.0, camera: Camera | None = None,
+                raw: Tensor | None = None) -> Verdict:
         """images in [−1, 1]. fade 1: they enter at their own resolution; 0: as the next smaller one would have.
 
         The camera is not looked at: pi-GAN's discriminators see pictures alone.

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from gan3d.cameras import Camera, Number
 from gan3d.gans import Verdict
 from gan3d.losses import R1, TopK, discriminator_loss, generator_loss
+from gan3d.nn.convolution import gaussian_blur
 from gan3d.poses import PosePrior
+from gan3d.ramps import Ramp
 from gan3d.rays import Patch, PatchSampler
 from gan3d.training.ema import EMA
 from gan3d.training.schedule import Steps
@@ -27,6 +29,7 @@ from gan3d.training.schedule import Steps
 
 class Fakes(NamedTuple):
     images: Tensor  # [b 3 h w] in [−1, 1]
+    raw: Tensor  # [b 3 hr wr], before the upsampler
     z: Tensor
     camera: Camera
     ws: Tensor
@@ -44,6 +47,9 @@ class GANModule(pl.LightningModule):
         ema: averages of the generator, [{decay, warmup}, …]; the first is the one that is evaluated and shown.
         patch: draw K×K pixel grids instead of whole images (GRAF).
         pose_weight, latent_weight: weights of the discriminator's pose head (radians²) and latent head, on fakes.
+        dual: the discriminator also sees images before the upsampler: of photographs, shrunk to that size (EG3D).
+        blur: standard deviation in pixels of a Gaussian over what the discriminator sees, but for the raw images of
+            fakes; while it fades, only the coarse is learnt (StyleGAN3, EG3D).
         top_k: keep only the best-judged fakes in the generator's loss.
         clip_grad_norm: largest norm of either network's gradient.
         splits: generate and back-propagate the batch in so many parts (same gradient, less memory).
@@ -72,6 +78,8 @@ class GANModule(pl.LightningModule):
         fade_steps: int = 0,
         pose_weight: Number = 0.0,
         latent_weight: Number = 0.0,
+        dual: bool = False,
+        blur: Ramp | None = None,
         top_k: TopK | None = None,
         clip_grad_norm: Number | None = None,
         splits: int | Mapping[int, int] = 1,
@@ -89,6 +97,7 @@ class GANModule(pl.LightningModule):
             raise ValueError("ema needs at least one average: it is the generator that is evaluated")
         self.patch, self.r1, self.top_k, self.fade_steps = patch, r1, top_k, fade_steps
         self.pose_weight, self.latent_weight = pose_weight, latent_weight
+        self.dual, self.blur = dual, blur
         self.clip_grad_norm, self.downsample, self.seed = clip_grad_norm, downsample, seed
         self.total_steps, self.budget_minutes = total_steps, budget_minutes
         self.step, self.images_seen, self.seconds = 0, 0, 0.0
@@ -123,7 +132,7 @@ class GANModule(pl.LightningModule):
         started = time.perf_counter()
         self.before_step()
         optimizer_g, optimizer_d = self.optimizers()  # type: ignore[attr-defined]
-        self.update_discriminator(optimizer_d, batch.images)
+        self.update_discriminator(optimizer_d, batch)
         self.update_generator(optimizer_g, len(batch.images))
         self.step += 1
         self.images_seen += len(batch.images) * self.trainer.world_size
@@ -141,18 +150,21 @@ class GANModule(pl.LightningModule):
                 group["lr"] = lr(self.step)
         self.generator.before_step(self.step)
 
-    def update_discriminator(self, optimizer, photographs: Tensor) -> None:
+    def update_discriminator(self, optimizer, batch) -> None:
         self.discriminator.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
-        draws = self.draw(len(photographs), "d")
-        real = self.real_images(photographs, draws)
+        draws = self.draw(len(batch.images), "d")
+        real = self.real_images(batch.images, draws)
         with torch.no_grad():
             parts = [self.generate(part) for part in draws.split(self.splits(self.step))]
+        raw = self.shrunk(real, parts[0].raw.shape[-1]) if self.dual else None
         due = self.r1.due(self.step)
-        real.requires_grad_(due)
-        on_real = self.judge(real)
-        penalty = self.r1(real, on_real.logit) if due else real.new_zeros(())
-        fakes = [(self.judge(part.images), part) for part in parts]
+        looked_at = [real] if raw is None else [real, raw]
+        for image in looked_at:
+            image.requires_grad_(due)
+        on_real = self.judge(real, raw, batch.camera)
+        penalty = self.r1(looked_at, on_real.logit) if due else real.new_zeros(())
+        fakes = [(self.judge(part.images, part.raw, part.camera), part) for part in parts]
         logit_fake = torch.cat([verdict.logit for verdict, _ in fakes])
         heads = torch.stack([self.head_losses(verdict, part) for verdict, part in fakes]).mean()
         loss = discriminator_loss(on_real.logit, logit_fake)
@@ -171,7 +183,7 @@ class GANModule(pl.LightningModule):
         total = torch.zeros((), device=self.device)
         for part in parts:
             fakes = self.generate(part)
-            verdict = self.judge(fakes.images)
+            verdict = self.judge(fakes.images, fakes.raw, fakes.camera)
             losses = generator_loss(verdict.logit)
             if self.top_k is not None:
                 losses = losses.topk(self.top_k.kept(len(losses), self.step), largest=False).values
@@ -219,7 +231,7 @@ class GANModule(pl.LightningModule):
     def generate(self, draws: "Draws") -> Fakes:
         ws = self.generator.mapping(draws.z, draws.camera)
         images = self.generator.synthesis(ws, draws.camera, self.resolution_now(), draws.patch)
-        return Fakes(images.rgb, draws.z, draws.camera, ws)
+        return Fakes(images.rgb, images.raw, draws.z, draws.camera, ws)
 
     def real_images(self, photographs: Tensor, draws: "Draws") -> Tensor:
         """uint8 photographs `[b 3 h w]` at the data's resolution → the stage's resolution or patch, in [−1, 1]."""
@@ -232,8 +244,14 @@ class GANModule(pl.LightningModule):
             images = F.interpolate(images, size=(size, size), mode=self.downsample)
         return images if draws.real_patch is None else draws.real_patch.crop(images)
 
-    def judge(self, images: Tensor) -> Verdict:
-        return self.discriminator(images, fade=self.fade_now())
+    def shrunk(self, images: Tensor, size: int) -> Tensor:
+        """Photographs as the generator's raw images would be: of their size, and blurred as much as the rest."""
+        raw = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+        return gaussian_blur(raw, self.blur_now())
+
+    def judge(self, images: Tensor, raw: Tensor | None, camera: Camera | None) -> Verdict:
+        return self.discriminator(gaussian_blur(images, self.blur_now()), fade=self.fade_now(), camera=camera,
+                                  raw=raw if self.dual else None)
 
     def head_losses(self, verdict: Verdict, fakes: Fakes) -> Tensor:
         loss = verdict.logit.new_zeros(())
@@ -251,6 +269,9 @@ class GANModule(pl.LightningModule):
         if self.fade_steps == 0:
             return 1.0
         return min(1.0, (self.step - self.resolution.stage_start(self.step)) / self.fade_steps)
+
+    def blur_now(self) -> Number:
+        return 0.0 if self.blur is None else self.blur(self.step)
 
     @property
     def generator_ema(self) -> nn.Module:

@@ -7,7 +7,17 @@ import torch
 from filling import fill, inputs
 
 from gan3d.cameras import Camera, look_at
-from gan3d.gans.eg3d import AXES, EG3D, SuperResolution, condition, interval_weights, official_generator, sample_planes
+from gan3d.gans.eg3d import (
+    AXES,
+    EG3D,
+    DualDiscriminator,
+    SuperResolution,
+    condition,
+    interval_weights,
+    official_generator,
+    sample_planes,
+)
+from gan3d.ramps import Ramp
 from gan3d.rays import Bounds
 from gan3d.sampling import even_quantiles
 
@@ -15,11 +25,12 @@ from gan3d.sampling import even_quantiles
 def generator(**changes) -> EG3D:
     numbers = dict(bounds=Bounds(2.25, 3.3), box=1, z_dim=512, w_dim=512, mapping_depth=2, plane_resolution=256,
                    plane_channels=32, channel_base=512, channel_max=8, decoder_width=64, samples_per_ray=6,
-                   fine_samples=6, render_resolution=8, camera_conditioning=True, swap=(0, 0, 0), density_weight=0.25,
-                   density_every=4, density_points=10, density_distance=0.008, plane_axes="released",
-                   superresolution=SuperResolution(input_channels=32, input_resolution=64, w_dim=512,
-                                                   channels=(128, 64), first_up=False, clamp=256))
-    return EG3D(**(numbers | changes))
+                   fine_samples=6, render_resolution=Ramp(8, 8, 0), camera_conditioning=True, swap=Ramp(0, 0, 0),
+                   density_weight=0.25, density_every=4, density_points=10, density_distance=0.008,
+                   plane_axes="released")
+    upsampler = SuperResolution(input_channels=32, input_resolution=64, w_dim=512, channels=(128, 64), first_up=False,
+                                clamp=256)
+    return EG3D(**({**numbers, "superresolution": upsampler} | changes))
 
 
 def small(**changes) -> EG3D:
@@ -125,7 +136,7 @@ def test_a_constant_field_is_a_slab_and_shows_its_colour(camera: Camera) -> None
 
 def test_every_parameter_learns_and_the_camera_may_be_swapped(camera: Camera) -> None:
     torch.manual_seed(0)
-    model = small(swap=(1.0, 0.5, 10)).train()
+    model = small(swap=Ramp(1.0, 0.5, 10)).train()
     ws = model.mapping(torch.randn(2, 8), camera)
     images = model.synthesis(ws, camera, 8)
     assert model.regularizers(ws, 1) == {}
@@ -133,8 +144,6 @@ def test_every_parameter_learns_and_the_camera_may_be_swapped(camera: Camera) ->
     loss.backward()
     idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not idle
-    model.before_step(5)
-    assert model.swap_probability == 0.75
 
 
 def test_cost_counts_the_decoder_per_sample_and_the_rest_once() -> None:
@@ -142,6 +151,26 @@ def test_cost_counts_the_decoder_per_sample_and_the_rest_once() -> None:
     assert (cost.rays, cost.samples_per_ray, cost.flops_per_sample) == (64, 12, 2 * (2 * 4 + 4 * 4))
     with_upsampler = generator().eval().cost(128)
     assert with_upsampler.rays == 64 and with_upsampler.flops_fixed > 1e9
+
+
+def test_rendering_resolution_follows_its_ramp() -> None:
+    model = small(render_resolution=Ramp(8, 16, 100))
+    model.before_step(56)
+    assert model.render_resolution == 12  # rounded from 12.48
+    model.before_step(1000)
+    assert model.render_resolution == 16
+
+
+def test_the_dual_discriminator_has_the_reference_numbers(shown, camera: Camera) -> None:
+    judge = DualDiscriminator(resolution=128, channel_base=1024, channel_max=16, mapping_depth=2, group=2, clamp=256)
+    fill(judge)
+    _, _, images = shown
+    verdict = judge(images.rgb, camera=camera, raw=images.raw)
+    assert verdict.logit.tolist() == pytest.approx([-0.45275, 0.00210], abs=1e-4)
+    with pytest.raises(ValueError, match="camera of every photograph"):
+        judge(images.rgb, raw=images.raw)
+    with pytest.raises(ValueError, match="model.dual=true"):
+        judge(images.rgb, camera=camera)
 
 
 def test_conditions_are_the_releases_twenty_five_numbers(camera: Camera) -> None:

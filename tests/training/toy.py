@@ -27,6 +27,9 @@ class ToyGenerator(nn.Module):
     def field(self, ws):
         return lambda points, directions: (points.norm(dim=-1), points.expand_as(points))
 
+    def prepare(self, ws):
+        return ws
+
     def synthesis(self, ws, camera, resolution, patch=None):
         size = resolution if patch is None else patch.size
         rgb = torch.tanh(self.colour(torch.cat([ws, camera.position], -1)))[:, :, None, None]
@@ -47,7 +50,7 @@ class ToyDiscriminator(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(8, 3, 3, padding=1))
 
-    def forward(self, images, fade=1.0, camera=None):
+    def forward(self, images, fade=1.0, camera=None, raw=None):
         features = self.body(images).mean((2, 3))
         return Verdict(features[:, 0], pose=features[:, 1:])
 
