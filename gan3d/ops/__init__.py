@@ -4,5 +4,28 @@ Tensors may be float32 or float64; half-precision ones are computed in float32. 
 (`extension`); `backend()` names the path taken. `reference` states each op in plain PyTorch.
 """
 
+from gan3d.ops.cells import Voxels as Voxels
+from gan3d.ops.composite import Composite as Composite
+from gan3d.ops.composite import composite as composite
+from gan3d.ops.composite import composite_packed as composite_packed
 from gan3d.ops.extension import backend as backend
+from gan3d.ops.grids import XY_XZ_ZX as XY_XZ_ZX
+from gan3d.ops.grids import XY_XZ_ZY as XY_XZ_ZY
+from gan3d.ops.grids import grid_sample_3d as grid_sample_3d
+from gan3d.ops.grids import triplane_sample as triplane_sample
+from gan3d.ops.grids import voxel_coordinates as voxel_coordinates
+from gan3d.ops.hash_grid import HashGridLevels as HashGridLevels
+from gan3d.ops.hash_grid import hash_grid as hash_grid
+from gan3d.ops.hash_grid import hash_grid_levels as hash_grid_levels
+from gan3d.ops.march import Samples as Samples
+from gan3d.ops.march import march as march
+from gan3d.ops.march import ray_aabb as ray_aabb
+from gan3d.ops.occupancy import occupancy_threshold as occupancy_threshold
+from gan3d.ops.occupancy import occupied as occupied
+from gan3d.ops.occupancy import pack_bits as pack_bits
+from gan3d.ops.occupancy import unpack_bits as unpack_bits
+from gan3d.ops.occupancy import update_occupancy as update_occupancy
 from gan3d.ops.sh import sh as sh
+from gan3d.ops.sparse_grid import sparse_sample as sparse_sample
+from gan3d.ops.sparse_grid import sparse_sample_sh as sparse_sample_sh
+from gan3d.ops.sparse_grid import visibility as visibility

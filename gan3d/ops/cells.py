@@ -22,7 +22,7 @@ class Voxels(NamedTuple):
     """
 
     words: Int[Tensor, " w"]
-    rank: Int[Tensor, " w+1"]
+    rank: Int[Tensor, " v"]
     resolution: Resolution
 
 

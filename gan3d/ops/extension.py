@@ -33,6 +33,8 @@ _backend: str | None = None
 def after_loading(register: Callable[[], None]) -> Callable[[], None]:
     """Decorator: run once the library is loaded (shape functions, derivatives, FLOP formulas of a family of ops)."""
     _registrations.append(register)
+    if _backend in ("cpp", "cuda"):
+        register()
     return register
 
 

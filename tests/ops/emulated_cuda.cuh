@@ -43,6 +43,10 @@ inline int __float_as_int(float x) {
   union { float f; int i; } u{x};
   return u.i;
 }
+inline long long __double_as_longlong(double x) {
+  union { double f; long long i; } u{x};
+  return u.i;
+}
 inline float __int_as_float(int x) {
   union { int i; float f; } u{x};
   return u.f;

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gan3d import ops
 from gan3d.ops import extension
+from gan3d.ops.cells import Voxels
 
 pytestmark = pytest.mark.skipif(ops.backend() == "reference", reason="no compiled ops: no C++ compiler")
 
@@ -52,7 +53,7 @@ class Both(TorchDispatchMode):
         out, again = func(*args, **kwargs), twin(*copies[0], **copies[1])
         self.seen.add(func._schema.name)
         for a, b in zip(pytree.tree_leaves(out), pytree.tree_leaves(again), strict=True):
-            largest = float(a.abs().max()) if a.numel() else 0.0
+            largest = float(a.double().abs().max()) if a.numel() else 0.0
             torch.testing.assert_close(a, b, rtol=0, atol=self.tolerance * max(1.0, largest))
         return out
 
@@ -70,8 +71,71 @@ def call_sh() -> None:
     pull(ops.sh(random(33, 3).requires_grad_(True), 4))
 
 
+def call_composite() -> None:
+    density, delta, t = (random(6, 70, seed=i).abs() for i in range(3))
+    features, background = random(6, 70, 5).requires_grad_(True), random(6, 5).requires_grad_(True)
+    pull(*ops.composite(density.requires_grad_(True), 0.1 * delta, features, t, background, 0.05))
+    offsets = torch.tensor([0, 3, 3, 200, 420])
+    flat = [x.detach().flatten(0, 1).requires_grad_(True) for x in (density, delta, features, t)]
+    pull(*ops.composite_packed(*flat, offsets, background[:4]))
+
+
+def call_hash_grid() -> None:
+    levels = ops.hash_grid_levels(3, 4, 1.6, 8)
+    points = torch.cat([random(40, 3).abs() % 1, 5 * random(9, 3)])
+    pull(ops.hash_grid(points.requires_grad_(True), random(levels.offsets[-1], 3).requires_grad_(True), levels))
+    pull(ops.hash_grid(points.detach(), random(levels.offsets[-1], 2).requires_grad_(True), levels))
+
+
+def call_march() -> None:
+    resolution, box = (8, 8, 8), torch.tensor([[-1.0, -1, -1], [1, 1, 1]], dtype=torch.float64)
+    values = ops.update_occupancy(random(2, 512), torch.arange(0, 1024, 3), random(342, seed=1))
+    words = ops.pack_bits(values, 0.3)
+    assert torch.equal(ops.unpack_bits(words), values > 0.3)
+    ops.occupied(3 * random(50, 3), words, box, resolution)
+    directions = torch.nn.functional.normalize(random(40, 3, seed=2), dim=-1)
+    near, far = ops.ray_aabb(-2 * directions + 0.3 * random(40, 3), directions, box[None])
+    for cone, jitter in ((0.0, "none"), (0.05, "sample"), (0.0, "ray")):
+        ops.march(-2 * directions, directions, near[:, 0], 2 * far[:, 0], words, box, resolution, 0.1, cone=cone,
+                  jitter=jitter, seed=7)
+
+
+def call_grids() -> None:
+    grid = random(2, 5, 6, 4, 13).requires_grad_(True)
+    where = (3 * random(2, 300, 3) + 2).requires_grad_(True)
+    planes = random(2, 24, 7, 5).to(memory_format=torch.channels_last).requires_grad_(True)
+    pull(ops.grid_sample_3d(grid, where), ops.grid_sample_3d(grid, where, "zeros"),
+         ops.grid_sample_3d(grid, where.detach()), ops.triplane_sample(planes.unflatten(1, (3, 8)), where / 4))
+
+
+def some_voxels(side: int) -> Voxels:
+    bits = torch.rand(side**3 // 64, 64, generator=torch.Generator().manual_seed(1)) < 0.6
+    rank = torch.cat([torch.zeros(1, dtype=torch.int64), bits.sum(1).cumsum(0)]).int()
+    return Voxels((bits.long() << torch.arange(64)).sum(1), rank, (side, side, side))
+
+
+def call_sparse_grid() -> None:
+    voxels, box = some_voxels(32), torch.tensor([[-1.0, -1, -1], [1, 1, 1]], dtype=torch.float64)
+    rows = int(voxels.rank[-1])
+    where = (16 + 10 * random(50, 3)).requires_grad_(True)
+    pull(ops.sparse_sample(voxels, random(rows, 5).requires_grad_(True), where))
+    ray = torch.randint(7, (50,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    for k in (1, 4, 9, 16):
+        values = random(rows, 1 + 3 * k).requires_grad_(True)
+        pull(*ops.sparse_sample_sh(voxels, values, where, random(7, k).requires_grad_(True), ray))
+        pull(*ops.sparse_sample_sh(voxels, values, where, random(50, k).requires_grad_(True)))
+    eye = 2 * random(99, 3, seed=3)
+    ops.visibility(voxels, 9 * random(rows), eye, 0.4 * random(99, 3, seed=4) - eye, box, 0.5, 0.1)
+
+
 @pytest.mark.parametrize("call, names", [
     (call_sh, {"sh", "sh_backward"}),
+    (call_composite, {"composite", "composite_backward", "composite_packed", "composite_packed_backward"}),
+    (call_hash_grid, {"hash_grid", "hash_grid_backward"}),
+    (call_grids, {"grid_sample_3d", "grid_sample_3d_backward", "triplane_sample", "triplane_sample_backward"}),
+    (call_sparse_grid, {"sparse_sample", "sparse_sample_backward", "sparse_sample_sh", "sparse_sample_sh_backward",
+                        "visibility"}),
+    (call_march, {"ray_aabb", "march", "pack_bits", "occupied", "update_occupancy"}),
 ])
 def test_cuda_source_computes_what_the_cpu_op_does(emulated: list, call, names: set[str]) -> None:
     with Both(1e-12) as both:  # sums of a few hundred terms in another order
