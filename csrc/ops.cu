@@ -3,5 +3,6 @@
 #include "grids.cuh"
 #include "hash_grid.cuh"
 #include "march.cuh"
+#include "octree.cuh"
 #include "sh.cuh"
 #include "sparse_grid.cuh"

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gan3d import ops
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
@@ -26,7 +27,7 @@ from gan3d.sampling import even_quantiles, merge, sample_pdf
 from gan3d.volume import Rendering
 
 CONDITION_DIM = 25  # a camera-to-world matrix and intrinsics, row by row
-AXES = {"mended": ((0, 1), (0, 2), (2, 1)), "released": ((0, 1), (0, 2), (2, 0))}  # across and up, of each plane
+AXES = {"mended": ops.XY_XZ_ZY, "released": ops.XY_XZ_ZX}
 RAYS_PER_CHUNK = 1 << 12  # per image, where no gradients are wanted
 
 
@@ -177,7 +178,8 @@ class EG3D(nn.Module):
 
         def ask(points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
             place = points.flatten(1, -2) * (2 / self.box)
-            return self.decoder(sample_planes(planes, place, self.axes).unflatten(1, points.shape[1:-1]))
+            features = ops.triplane_sample(planes, place, self.axes, scale=1 / 3)
+            return self.decoder(features.unflatten(1, points.shape[1:-1]))
 
         return ask
 
@@ -299,13 +301,6 @@ def interval_weights(raw_density: Float[Tensor, "*b s"], t: Float[Tensor, "*b s"
     thickness = density * (t[..., 1:] - t[..., :-1])
     before = thickness.cumsum(-1) - thickness
     return torch.exp(-before) * -torch.expm1(-thickness)
-
-
-def sample_planes(planes: Float[Tensor, "b 3 c h w"], points: Float[Tensor, "b n 3"], axes: tuple) -> Tensor:
-    """Mean of the planes' features at points in [−1, 1]³ `[b n c]`; zero outside. Sec. 3.2."""
-    places = torch.stack([points[..., list(pair)] for pair in axes], 1)  # [b 3 n 2]
-    features = F.grid_sample(planes.flatten(0, 1), places.flatten(0, 1)[:, None], align_corners=False)
-    return features[:, :, 0].unflatten(0, (-1, 3)).mean(1).mT
 
 
 class DualDiscriminator(StyleGAN2Discriminator):

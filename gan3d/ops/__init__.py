@@ -25,6 +25,12 @@ from gan3d.ops.occupancy import occupied as occupied
 from gan3d.ops.occupancy import pack_bits as pack_bits
 from gan3d.ops.occupancy import unpack_bits as unpack_bits
 from gan3d.ops.occupancy import update_occupancy as update_occupancy
+from gan3d.ops.octree import Octree as Octree
+from gan3d.ops.octree import Segments as Segments
+from gan3d.ops.octree import build_octree as build_octree
+from gan3d.ops.octree import octree_query as octree_query
+from gan3d.ops.octree import octree_traverse as octree_traverse
+from gan3d.ops.octree import refine_octree as refine_octree
 from gan3d.ops.sh import sh as sh
 from gan3d.ops.sparse_grid import sparse_sample as sparse_sample
 from gan3d.ops.sparse_grid import sparse_sample_sh as sparse_sample_sh

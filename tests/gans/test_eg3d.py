@@ -7,16 +7,7 @@ import torch
 from filling import fill, inputs
 
 from gan3d.cameras import Camera, look_at
-from gan3d.gans.eg3d import (
-    AXES,
-    EG3D,
-    DualDiscriminator,
-    SuperResolution,
-    condition,
-    interval_weights,
-    official_generator,
-    sample_planes,
-)
+from gan3d.gans.eg3d import EG3D, DualDiscriminator, SuperResolution, condition, interval_weights, official_generator
 from gan3d.ramps import Ramp
 from gan3d.rays import Bounds
 from gan3d.sampling import even_quantiles
@@ -82,16 +73,6 @@ def test_the_field_has_the_reference_numbers(shown) -> None:
     assert [raw_density.mean().item(), raw_density[0, 0, 0].item(), raw_density[1, 3, 0].item()] == pytest.approx(
         [-0.14678, 0.07250, -0.42901], abs=1e-4)
     assert features.mean().item() == pytest.approx(0.55017, abs=1e-4)
-
-
-@pytest.mark.parametrize("axes, expected", [
-    ("released", [-0.05178, -0.43174, -0.43549, -0.11301, -0.1764, 0.21861, 0.00768, -0.00476]),
-    ("mended", [-0.05178, -0.43174, -0.5165, -0.06981, -0.5362, -0.06978, 0.08432, -0.26354]),
-])
-def test_planes_are_read_along_the_axes_of_both_conventions(axes: str, expected: list[float]) -> None:
-    points = torch.tensor([[[0, 0, 0], [0.1, 0.2, 0.3], [-0.4, 0.45, 0.2], [0.6, 0, 0]]])
-    features = sample_planes(inputs([1, 3, 2, 4, 4], 7), 2 * points, AXES[axes])
-    assert features.flatten().tolist() == pytest.approx(expected, abs=2e-5)
 
 
 def test_weights_and_importance_samples_are_the_releases() -> None:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gan3d import ops
-from gan3d.ops import extension
+from gan3d.ops import extension, reference
 from gan3d.ops.cells import Voxels
 
 pytestmark = pytest.mark.skipif(ops.backend() == "reference", reason="no compiled ops: no C++ compiler")
@@ -128,6 +128,18 @@ def call_sparse_grid() -> None:
     ops.visibility(voxels, 9 * random(rows), eye, 0.4 * random(99, 3, seed=4) - eye, box, 0.5, 0.1)
 
 
+def call_octree() -> None:
+    rng = torch.Generator().manual_seed(0)
+    tree = ops.Octree(reference.build_octree(torch.randint(0, 16, (40, 3), generator=rng), 4))  # built on the host
+    points, box = torch.rand(99, 3, generator=rng, dtype=torch.float64), torch.tensor([[-1.0, -1, -1], [1, 2, 1]])
+    ops.octree_query(tree, points)
+    eye = 3 * random(40, 3)
+    directions = torch.nn.functional.normalize(0.5 * random(40, 3, seed=1) - eye, dim=-1)
+    occupied = torch.rand(tree.child.numel(), generator=rng) < 0.5
+    ops.octree_traverse(tree, eye, directions, box.double())
+    ops.octree_traverse(tree, eye, directions, box.double(), occupied=occupied)
+
+
 @pytest.mark.parametrize("call, names", [
     (call_sh, {"sh", "sh_backward"}),
     (call_composite, {"composite", "composite_backward", "composite_packed", "composite_packed_backward"}),
@@ -135,6 +147,7 @@ def call_sparse_grid() -> None:
     (call_grids, {"grid_sample_3d", "grid_sample_3d_backward", "triplane_sample", "triplane_sample_backward"}),
     (call_sparse_grid, {"sparse_sample", "sparse_sample_backward", "sparse_sample_sh", "sparse_sample_sh_backward",
                         "visibility"}),
+    (call_octree, {"octree_query", "octree_traverse"}),
     (call_march, {"ray_aabb", "march", "pack_bits", "occupied", "update_occupancy"}),
 ])
 def test_cuda_source_computes_what_the_cpu_op_does(emulated: list, call, names: set[str]) -> None:

@@ -11,6 +11,9 @@ from gan3d.ops.reference.occupancy import occupied as occupied
 from gan3d.ops.reference.occupancy import pack_bits as pack_bits
 from gan3d.ops.reference.occupancy import unpack_bits as unpack_bits
 from gan3d.ops.reference.occupancy import update_occupancy as update_occupancy
+from gan3d.ops.reference.octree import build_octree as build_octree
+from gan3d.ops.reference.octree import octree_query as octree_query
+from gan3d.ops.reference.octree import octree_traverse as octree_traverse
 from gan3d.ops.reference.sh import sh as sh
 from gan3d.ops.reference.sparse_grid import sparse_sample as sparse_sample
 from gan3d.ops.reference.sparse_grid import sparse_sample_sh as sparse_sample_sh
