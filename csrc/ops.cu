@@ -6,3 +6,4 @@
 #include "octree.cuh"
 #include "sh.cuh"
 #include "sparse_grid.cuh"
+#include "tiny_mlp.cuh"

@@ -51,10 +51,13 @@ class Decoder(nn.Module):
 
     def __init__(self, inputs: int, width: int, outputs: int):
         super().__init__()
+        self.widths = (inputs, width, 1 + outputs)
         self.net = nn.Sequential(FullyConnected(inputs, width), nn.Softplus(), FullyConnected(width, 1 + outputs))
 
     def forward(self, x: Float[Tensor, "*b i"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b c"]]:
-        y = self.net(x)
+        parts = [part for i in (0, 2) for part in (self.net[i].weight * self.net[i].weight_gain, self.net[i].bias)]
+        parameters = torch.cat([part.flatten() for part in parts])
+        y = ops.tiny_mlp(x, parameters, self.widths, bias=True, activation="softplus")  # what self.net computes
         return y[..., 0], torch.sigmoid(y[..., 1:]) * 1.002 - 0.001
 
 

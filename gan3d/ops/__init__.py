@@ -35,3 +35,8 @@ from gan3d.ops.sh import sh as sh
 from gan3d.ops.sparse_grid import sparse_sample as sparse_sample
 from gan3d.ops.sparse_grid import sparse_sample_sh as sparse_sample_sh
 from gan3d.ops.sparse_grid import visibility as visibility
+from gan3d.ops.tiny_mlp import layers as layers
+from gan3d.ops.tiny_mlp import parameter_count as parameter_count
+from gan3d.ops.tiny_mlp import sort_by_cell as sort_by_cell
+from gan3d.ops.tiny_mlp import tiny_mlp as tiny_mlp
+from gan3d.ops.tiny_mlp import tiny_mlp_batch as tiny_mlp_batch

@@ -140,6 +140,16 @@ def call_octree() -> None:
     ops.octree_traverse(tree, eye, directions, box.double(), occupied=occupied)
 
 
+def call_tiny_mlp() -> None:
+    for widths, bias, activation in [((17, 9, 20), True, "softplus"), ((3, 16, 16, 2), False, "relu")]:
+        count = ops.parameter_count(widths, bias)
+        pull(ops.tiny_mlp(random(300, widths[0]).requires_grad_(True), random(count).requires_grad_(True), widths, bias,
+                          activation))
+        order, offsets = ops.sort_by_cell((random(600) * 3).int(), 5)
+        pull(ops.tiny_mlp_batch(random(600, widths[0])[order].requires_grad_(True),
+                                random(5, count).requires_grad_(True), offsets, widths, bias, activation))
+
+
 @pytest.mark.parametrize("call, names", [
     (call_sh, {"sh", "sh_backward"}),
     (call_composite, {"composite", "composite_backward", "composite_packed", "composite_packed_backward"}),
@@ -148,6 +158,7 @@ def call_octree() -> None:
     (call_sparse_grid, {"sparse_sample", "sparse_sample_backward", "sparse_sample_sh", "sparse_sample_sh_backward",
                         "visibility"}),
     (call_octree, {"octree_query", "octree_traverse"}),
+    (call_tiny_mlp, {"tiny_mlp", "tiny_mlp_backward", "sort_by_cell"}),
     (call_march, {"ray_aabb", "march", "pack_bits", "occupied", "update_occupancy"}),
 ])
 def test_cuda_source_computes_what_the_cpu_op_does(emulated: list, call, names: set[str]) -> None:

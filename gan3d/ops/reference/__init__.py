@@ -18,3 +18,5 @@ from gan3d.ops.reference.sh import sh as sh
 from gan3d.ops.reference.sparse_grid import sparse_sample as sparse_sample
 from gan3d.ops.reference.sparse_grid import sparse_sample_sh as sparse_sample_sh
 from gan3d.ops.reference.sparse_grid import visibility as visibility
+from gan3d.ops.reference.tiny_mlp import tiny_mlp as tiny_mlp
+from gan3d.ops.reference.tiny_mlp import tiny_mlp_batch as tiny_mlp_batch
