@@ -1,119 +1,144 @@
 #pragma once
 
+#include <ATen/ops/mv.h>
+
 #include "composite.h"
 #include "composite_checks.h"
 #include "cuda.cuh"
 
 namespace gan3d::composite_cuda {
 
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Where a ray's samples lie: from the offsets, or every `samples` if there are none. Offsets are not checked here, since
-// that would wait for the GPU; the public function says what they must be.
-struct Begin {
-  const int64_t* offsets;
-  int64_t samples;
-  HD int64_t operator()(int64_t r) const { return offsets == nullptr ? r * samples : offsets[r]; }
+// Everything a thread needs to know, by value.
+template <class T>
+struct Scene {
+  const T *density, *delta, *features, *t, *background;
+  int64_t channels, background_stride;
+  T threshold;
+  RayOffsets offsets;
+
+  // Offsets are not checked on a GPU; bad ones must not lead out of the tensors.
+  __device__ int64_t begin(int64_t i) const { return clamp<int64_t>(offsets[i], 0, offsets.samples); }
+  __device__ RaySamples<T> ray(int64_t i) const {
+    const int64_t from = begin(i);
+    return {density + from, delta + from, features + from * channels, t + from,
+            max<int64_t>(begin(i + 1) - from, 0), channels};
+  }
+  __device__ const T* behind(int64_t i) const { return background + i * background_stride; }
 };
 
-inline Outputs forward(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                       const at::Tensor& t, const std::optional<at::Tensor>& background, double threshold, int64_t rays,
-                       Begin begin) {
+template <class T>
+Scene<T> make_scene(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features, const at::Tensor& t,
+                    const std::optional<at::Tensor>& background, double threshold, const RayOffsets& offsets) {
+  const int64_t channels = features.size(-1);
+  return {density.const_data_ptr<T>(), delta.const_data_ptr<T>(), features.const_data_ptr<T>(), t.const_data_ptr<T>(),
+          background ? background->const_data_ptr<T>() : nullptr, channels,
+          background && background->dim() == 2 ? channels : 0, T(threshold), offsets};
+}
+
+inline Four forward(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features, const at::Tensor& t,
+                    const std::optional<at::Tensor>& background, double threshold, const RayOffsets& offsets) {
   const c10::cuda::CUDAGuard guard(density.device());
-  const int64_t c = features.size(-1);
-  at::Tensor feature = at::empty({rays, c}, density.options()), depth = at::empty({rays}, density.options()),
-             opacity = at::empty({rays}, density.options()), weights = at::empty_like(density);
+  at::Tensor sums = at::empty({offsets.rays, features.size(-1)}, density.options()), weights = at::empty_like(density);
+  at::Tensor depths = at::empty({offsets.rays}, density.options()), opacities = at::empty_like(depths);
   AT_DISPATCH_FLOATING_TYPES(density.scalar_type(), "composite", [&] {
-    const scalar_t *sigma = density.const_data_ptr<scalar_t>(), *length = delta.const_data_ptr<scalar_t>(),
-                   *f = features.const_data_ptr<scalar_t>(), *where = t.const_data_ptr<scalar_t>(),
-                   *behind = background ? background->const_data_ptr<scalar_t>() : nullptr;
-    scalar_t *out = feature.mutable_data_ptr<scalar_t>(), *d = depth.mutable_data_ptr<scalar_t>(),
-             *o = opacity.mutable_data_ptr<scalar_t>(), *w = weights.mutable_data_ptr<scalar_t>();
-    const scalar_t least = scalar_t(threshold);
-    for_each(rays, [=] __device__(int64_t r) {
-      const int64_t a = begin(r);
-      composite_ray<0>(begin(r + 1) - a, c, sigma + a, length + a, f + a * c, where + a,
-                       behind != nullptr ? behind + r * c : nullptr, least, out + r * c, d + r, o + r, w + a);
+    using T = scalar_t;
+    const auto scene = make_scene<T>(density, delta, features, t, background, threshold, offsets);
+    T *out = sums.mutable_data_ptr<T>(), *weight = weights.mutable_data_ptr<T>();
+    T *depth = depths.mutable_data_ptr<T>(), *opacity = opacities.mutable_data_ptr<T>();
+    for_each(offsets.rays, [=] __device__(int64_t i) {
+      const auto ray = scene.ray(i);
+      T left, *w = weight + scene.begin(i), *seen = out + i * scene.channels;
+      const int64_t n = ray_weights(ray, scene.threshold, w, left);
+      ray_sums(ray, w, n, seen, depth[i], opacity[i]);
+      if (scene.background != nullptr)
+        for (int64_t c = 0; c < scene.channels; ++c) seen[c] = fma(left, scene.behind(i)[c], seen[c]);
     });
   });
-  return {feature, depth, opacity, weights};
+  return {sums, depths, opacities, weights};
 }
 
-inline Gradients backward(const at::Tensor& g_feature, const at::Tensor& g_depth, const at::Tensor& g_opacity,
-                          const at::Tensor& g_weights, const at::Tensor& density, const at::Tensor& delta,
-                          const at::Tensor& features, const at::Tensor& t, const std::optional<at::Tensor>& background,
-                          double threshold, const c10::List<bool>& needed, int64_t rays, Begin begin) {
+inline Five backward(const at::Tensor& grad_features, const at::Tensor& grad_depth, const at::Tensor& grad_opacity,
+                     const at::Tensor& grad_weights, const at::Tensor& density, const at::Tensor& delta,
+                     const at::Tensor& features, const at::Tensor& t, const std::optional<at::Tensor>& background,
+                     double threshold, const c10::List<bool>& needed, const RayOffsets& offsets) {
   const c10::cuda::CUDAGuard guard(density.device());
-  const int64_t c = features.size(-1);
-  const at::Tensor none = at::empty({0}, density.options());
-  at::Tensor d_density = needed[0] ? at::empty_like(density) : none, d_delta = needed[1] ? at::empty_like(delta) : none,
-             d_features = needed[2] ? at::empty_like(features) : none, d_t = needed[3] ? at::empty_like(t) : none,
-             d_background = needed[4] && background ? at::empty_like(*background) : none;
-  const at::Tensor work = at::empty({3, density.numel()}, density.options());
+  const auto like = [&](const at::Tensor& x, bool wanted) {
+    return wanted ? at::empty_like(x) : at::empty({0}, x.options());
+  };
+  at::Tensor to_density = like(density, needed[0]), to_delta = like(delta, needed[1]);
+  at::Tensor to_features = like(features, needed[2]), to_t = like(t, needed[3]);
+  at::Tensor to_background = background ? like(*background, needed[4]) : at::empty({0}, density.options());
+  const bool shared = background && needed[4] && background->dim() == 1;
+  at::Tensor lefts = at::empty({shared ? offsets.rays : 0}, density.options());
   AT_DISPATCH_FLOATING_TYPES(density.scalar_type(), "composite_backward", [&] {
-    const scalar_t *sigma = density.const_data_ptr<scalar_t>(), *length = delta.const_data_ptr<scalar_t>(),
-                   *f = features.const_data_ptr<scalar_t>(), *where = t.const_data_ptr<scalar_t>(),
-                   *behind = background ? background->const_data_ptr<scalar_t>() : nullptr,
-                   *gf = g_feature.const_data_ptr<scalar_t>(), *gd = g_depth.const_data_ptr<scalar_t>(),
-                   *go = g_opacity.const_data_ptr<scalar_t>(), *gw = g_weights.const_data_ptr<scalar_t>();
-    const bool want[5] = {needed[0], needed[1], needed[2], needed[3], needed[4] && background.has_value()};
-    scalar_t *ds = want[0] ? d_density.mutable_data_ptr<scalar_t>() : nullptr,
-             *dl = want[1] ? d_delta.mutable_data_ptr<scalar_t>() : nullptr,
-             *df = want[2] ? d_features.mutable_data_ptr<scalar_t>() : nullptr,
-             *dt = want[3] ? d_t.mutable_data_ptr<scalar_t>() : nullptr,
-             *db = want[4] ? d_background.mutable_data_ptr<scalar_t>() : nullptr,
-             *space = work.mutable_data_ptr<scalar_t>();
-    const scalar_t least = scalar_t(threshold);
-    const int64_t n = density.numel();
-    for_each(rays, [=] __device__(int64_t r) {
-      const int64_t a = begin(r);
-      composite_ray_backward<0>(begin(r + 1) - a, c, sigma + a, length + a, f + a * c, where + a,
-                                behind != nullptr ? behind + r * c : nullptr, least, gf + r * c, gd[r], go[r], gw + a,
-                                space + a, space + n + a, space + 2 * n + a, ds != nullptr ? ds + a : nullptr,
-                                dl != nullptr ? dl + a : nullptr, df != nullptr ? df + a * c : nullptr,
-                                dt != nullptr ? dt + a : nullptr, db != nullptr ? db + r * c : nullptr);
+    using T = scalar_t;
+    const auto pointer = [](const at::Tensor& x, bool wanted) { return wanted ? x.mutable_data_ptr<T>() : nullptr; };
+    const auto scene = make_scene<T>(density, delta, features, t, background, threshold, offsets);
+    const T *of_features = grad_features.const_data_ptr<T>(), *of_weights = grad_weights.const_data_ptr<T>();
+    const T *of_depth = grad_depth.const_data_ptr<T>(), *of_opacity = grad_opacity.const_data_ptr<T>();
+    T *density_out = pointer(to_density, needed[0]), *delta_out = pointer(to_delta, needed[1]);
+    T *features_out = pointer(to_features, needed[2]), *t_out = pointer(to_t, needed[3]);
+    T *behind_out = pointer(to_background, background && needed[4] && !shared), *left_out = pointer(lefts, shared);
+    for_each(offsets.rays, [=] __device__(int64_t i) {
+      const int64_t begin = scene.begin(i), channels = scene.channels;
+      RayGradients<T> up{of_features + i * channels, of_weights + begin, of_depth[i], of_opacity[i], T(0)};
+      if (scene.background != nullptr)
+        for (int64_t c = 0; c < channels; ++c) up.left = fma(up.features[c], scene.behind(i)[c], up.left);
+      const SampleGradients<T> out{density_out != nullptr ? density_out + begin : nullptr,
+                                   delta_out != nullptr ? delta_out + begin : nullptr,
+                                   features_out != nullptr ? features_out + begin * channels : nullptr,
+                                   t_out != nullptr ? t_out + begin : nullptr};
+      const T left = ray_backward(scene.ray(i), scene.threshold, up, out);
+      if (left_out != nullptr) left_out[i] = left;
+      if (behind_out != nullptr)
+        for (int64_t c = 0; c < channels; ++c) behind_out[i * channels + c] = left * up.features[c];
     });
   });
-  return {d_density, d_delta, d_features, d_t, d_background};
+  if (shared) to_background = at::mv(grad_features.t(), lefts);
+  return {to_density, to_delta, to_features, to_t, to_background};
 }
 
-inline Outputs composite(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                         const at::Tensor& t, const std::optional<at::Tensor>& background, double threshold) {
-  check_dense("composite", density, delta, features, t, background);
-  return forward(density, delta, features, t, background, threshold, density.size(0), {nullptr, density.size(1)});
+inline Four composite(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
+                      const at::Tensor& t, const std::optional<at::Tensor>& background, double threshold) {
+  const auto offsets = check_composite("composite", density, delta, features, t, background, threshold);
+  return forward(density, delta, features, t, background, threshold, offsets);
 }
 
-inline Gradients composite_backward(const at::Tensor& g_feature, const at::Tensor& g_depth, const at::Tensor& g_opacity,
-                                    const at::Tensor& g_weights, const at::Tensor& density, const at::Tensor& delta,
-                                    const at::Tensor& features, const at::Tensor& t,
-                                    const std::optional<at::Tensor>& background, double threshold,
-                                    const c10::List<bool>& needed) {
-  check_dense("composite_backward", density, delta, features, t, background);
-  check_gradients("composite_backward", g_feature, g_depth, g_opacity, g_weights, density, features, density.size(0));
-  return backward(g_feature, g_depth, g_opacity, g_weights, density, delta, features, t, background, threshold, needed,
-                  density.size(0), {nullptr, density.size(1)});
+inline Five composite_backward(const at::Tensor& grad_features, const at::Tensor& grad_depth,
+                               const at::Tensor& grad_opacity, const at::Tensor& grad_weights,
+                               const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
+                               const at::Tensor& t, const std::optional<at::Tensor>& background, double threshold,
+                               const c10::List<bool>& needed) {
+  const auto offsets = check_composite("composite_backward", density, delta, features, t, background, threshold);
+  check_gradients("composite_backward", grad_features, grad_depth, grad_opacity, grad_weights, offsets.rays, features,
+                  density, needed);
+  return backward(grad_features, grad_depth, grad_opacity, grad_weights, density, delta, features, t, background,
+                  threshold, needed, offsets);
 }
 
-inline Outputs composite_packed(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                                const at::Tensor& t, const at::Tensor& offsets,
-                                const std::optional<at::Tensor>& background, double threshold) {
-  check_packed("composite_packed", density, delta, features, t, offsets, background);
-  return forward(density, delta, features, t, background, threshold, offsets.size(0) - 1,
-                 {offsets.const_data_ptr<int64_t>(), 0});
+inline Four composite_packed(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
+                             const at::Tensor& t, const at::Tensor& offsets,
+                             const std::optional<at::Tensor>& background, double threshold) {
+  const auto rays = check_composite_packed("composite_packed", density, delta, features, t, offsets, background,
+                                           threshold);
+  return forward(density, delta, features, t, background, threshold, rays);
 }
 
-inline Gradients composite_packed_backward(const at::Tensor& g_feature, const at::Tensor& g_depth,
-                                           const at::Tensor& g_opacity, const at::Tensor& g_weights,
-                                           const at::Tensor& density, const at::Tensor& delta,
-                                           const at::Tensor& features, const at::Tensor& t, const at::Tensor& offsets,
-                                           const std::optional<at::Tensor>& background, double threshold,
-                                           const c10::List<bool>& needed) {
-  check_packed("composite_packed_backward", density, delta, features, t, offsets, background);
-  const int64_t rays = offsets.size(0) - 1;
-  check_gradients("composite_packed_backward", g_feature, g_depth, g_opacity, g_weights, density, features, rays);
-  return backward(g_feature, g_depth, g_opacity, g_weights, density, delta, features, t, background, threshold, needed,
-                  rays, {offsets.const_data_ptr<int64_t>(), 0});
+inline Five composite_packed_backward(const at::Tensor& grad_features, const at::Tensor& grad_depth,
+                                      const at::Tensor& grad_opacity, const at::Tensor& grad_weights,
+                                      const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
+                                      const at::Tensor& t, const at::Tensor& offsets,
+                                      const std::optional<at::Tensor>& background, double threshold,
+                                      const c10::List<bool>& needed) {
+  const auto rays = check_composite_packed("composite_packed_backward", density, delta, features, t, offsets,
+                                           background, threshold);
+  check_gradients("composite_packed_backward", grad_features, grad_depth, grad_opacity, grad_weights, rays.rays,
+                  features, density, needed);
+  return backward(grad_features, grad_depth, grad_opacity, grad_weights, density, delta, features, t, background,
+                  threshold, needed, rays);
 }
 
 TORCH_LIBRARY_IMPL(gan3d, CUDA, m) {

@@ -1,162 +1,129 @@
-// One ray of volume rendering: samples front to back → what it sees, and the derivatives. NeRF (2020), eq. 3.
+// Emission and absorption along one ray, front to back: weights, what they sum, and the gradient in one reverse sweep.
 //
-// x = density·delta, α = 1 − e^(−x), T is what light is left on arrival, w = T·α. A ray ends before the first sample
-// that finds T below the threshold. Every loop over samples or channels vectorises but the product that makes T.
+// A sample of thickness x = density·delta lets e^−x of the light through. The light that arrives at a sample is
+// e^−(sum of the thicknesses before it); the sum is a double, so that rays of millions of samples stay right.
 #pragma once
 
 #include "common.h"
 
 namespace gan3d {
 
-constexpr int kBlock = 64;  // samples whose exponentials are taken together, on the stack
-
-// α = 1 − e^(−x) and e^(−x) from one reduction of the argument. α is accurate relative to itself, however small x is.
-HD void absorb(float x, float& alpha, float& left) {
-  const float y = -clamp(x, -87.0f, 87.0f);
-  const float shift = 12582912.0f;
-  const float k = fma(y, 1.44269504f, shift) - shift;
-  float r = fma(k, -0.693145752f, y);
-  r = fma(k, -1.42860677e-6f, r);
-  float p = 1.98756912e-4f;
+// 1 − e^−x, the same bits on every device; loops over it vectorise. For x ≥ 0 the relative error is below 2^−22,
+// however small x is (tests/ops/test_composite.py).
+HD float one_minus_exp(float x) {
+  const float y = -clamp(x, -88.0f, 32.0f);  // e^−32 is nothing beside 1
+  const float shift = 12582912.0f;           // 1.5·2^23: adding it rounds to an integer, the last bits of the sum
+  union { float f; uint32_t i; } k{fma(y, 1.44269504f, shift)}, scale;
+  scale.i = (k.i + 127u) << 23;  // 2^k
+  k.f -= shift;
+  float r = fma(k.f, -0.693145752f, y);
+  r = fma(k.f, -1.42860677e-6f, r);
+  float p = 1.98756912e-4f;  // as in exp; here the 1 is never added to what is small
   p = fma(p, r, 1.39819994e-3f);
   p = fma(p, r, 8.33345205e-3f);
   p = fma(p, r, 4.16657962e-2f);
   p = fma(p, r, 1.66666657e-1f);
   p = fma(p, r, 5.0e-1f);
-  p = fma(p, r * r, r);  // e^r − 1
-  union { int32_t i; float f; } scale{(int32_t(k) + 127) << 23};
-  left = fma(scale.f, p, scale.f);
-  alpha = -fma(scale.f, p, scale.f - 1.0f);
+  p = fma(p, r * r, r);
+  return fma(-scale.f, p, 1.0f - scale.f);
 }
-HD void absorb(double x, double& alpha, double& left) {
-  left = ::exp(-x);
-  alpha = -::expm1(-x);
+HD double one_minus_exp(double x) { return -::expm1(-x); }
+
+// What is left of the light behind this thickness.
+template <class T>
+HD T light_behind(double thickness) { return exp(-T(thickness)); }
+
+// The samples of one ray.
+template <class T>
+struct RaySamples {
+  const T *density, *delta, *features, *t;
+  int64_t count, channels;
+};
+
+// Weights; those of samples that less than `threshold` of the light reaches are 0. Returns how many samples were
+// processed; `left` is the light behind the last of them.
+template <class T>
+HD int64_t ray_weights(const RaySamples<T>& ray, T threshold, T* weights, T& left) {
+  double thickness = 0;
+  left = T(1);
+  int64_t i = 0;
+  for (; i < ray.count && !(left < threshold); ++i) {
+    const T x = ray.density[i] * ray.delta[i];
+    weights[i] = left * one_minus_exp(x);
+    thickness += x;
+    left = light_behind<T>(thickness);
+  }
+  for (int64_t j = i; j < ray.count; ++j) weights[j] = 0;
+  return i;
 }
 
-// C channels known to the compiler, or c of them (C = 0).
-template <int C, class T>
-HD void add_features(const T* weight, const T* features, int64_t count, int64_t c, T* sum) {
-  if constexpr (C > 0) {
-    T part[4][C] = {};  // four independent sums, or each addition would wait for the one before
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4)
-      for (int u = 0; u < 4; ++u)
-        for (int k = 0; k < C; ++k) part[u][k] = fma(weight[i + u], features[(i + u) * C + k], part[u][k]);
-    for (; i < count; ++i)
-      for (int k = 0; k < C; ++k) part[0][k] = fma(weight[i], features[i * C + k], part[0][k]);
-    for (int k = 0; k < C; ++k) sum[k] += (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
-  } else {
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k < c; ++k) sum[k] = fma(weight[i], features[i * c + k], sum[k]);
+// Weighted sums over the first `processed` samples.
+template <class T>
+HD void ray_sums(const RaySamples<T>& ray, const T* weights, int64_t processed, T* features, T& depth, T& opacity) {
+  double sum_t = 0, sum = 0;
+  for (int64_t i = 0; i < processed; ++i) sum_t += double(weights[i]) * ray.t[i], sum += weights[i];
+  depth = T(sum_t), opacity = T(sum);
+  constexpr int group = 4;  // channels summed at once, in registers
+  for (int64_t first = 0; first < ray.channels; first += group) {
+    const int lanes = int(min<int64_t>(group, ray.channels - first));
+    double total[group] = {};
+    for (int64_t i = 0; i < processed; ++i)
+      for (int k = 0; k < lanes; ++k) total[k] += double(weights[i]) * ray.features[i * ray.channels + first + k];
+    for (int k = 0; k < lanes; ++k) features[first + k] = T(total[k]);
   }
 }
 
-// background, feature: c numbers. Returns how many samples were looked at.
-template <int C, class T>
-HD int64_t composite_ray(int64_t s, int64_t c, const T* density, const T* delta, const T* features, const T* t,
-                         const T* background, T threshold, T* feature, T* depth, T* opacity, T* weights) {
-  T left = 1, total = 0, distance = 0;
-  int64_t seen = 0;
-  for (int64_t k = 0; k < c; ++k) feature[k] = 0;
-  while (seen < s && left >= threshold) {
-    T alpha[kBlock], after[kBlock], weight[kBlock];
-    int64_t count = min<int64_t>(kBlock, s - seen);
-    for (int64_t i = 0; i < count; ++i) absorb(density[seen + i] * delta[seen + i], alpha[i], after[i]);
-    for (int64_t i = 0; i < count; ++i) {
-      if (left < threshold) {
-        count = i;
-        break;
-      }
-      weight[i] = left * alpha[i];
-      left *= after[i];
-    }
-    T block_total = 0, block_distance = 0;
-#pragma omp simd reduction(+ : block_total, block_distance)
-    for (int64_t i = 0; i < count; ++i) {
-      weights[seen + i] = weight[i];
-      block_total += weight[i];
-      block_distance += weight[i] * t[seen + i];
-    }
-    total += block_total;
-    distance += block_distance;
-    add_features<C>(weight, features + seen * c, count, c, feature);
-    seen += count;
-  }
-  for (int64_t i = seen; i < s; ++i) weights[i] = 0;
-  if (background != nullptr)
-    for (int64_t k = 0; k < c; ++k) feature[k] = fma(left, background[k], feature[k]);
-  *depth = distance;
-  *opacity = total;
-  return seen;
-}
+// Gradients of what a ray returned; `left`: of the light that is left.
+template <class T>
+struct RayGradients {
+  const T *features, *weights;
+  T depth, opacity, left;
+};
 
-// Derivatives by optical thickness: ∂L/∂x_i = T_{i+1}·q_i − Σ_{j>i} w_j·q_j − g_T·T_end with q_i the derivative by w_i.
-// `pull`, `transmittance` and `weight` are work space for s numbers each. Null pointers: not wanted.
-template <int C, class T>
-HD void composite_ray_backward(int64_t s, int64_t c, const T* density, const T* delta, const T* features, const T* t,
-                               const T* background, T threshold, const T* g_feature, T g_depth, T g_opacity,
-                               const T* g_weights, T* pull, T* transmittance, T* weight, T* d_density, T* d_delta,
-                               T* d_features, T* d_t, T* d_background) {
-  T left = 1;
-  int64_t seen = 0;
-  while (seen < s && left >= threshold) {  // again the T on arrival, and q
-    T alpha[kBlock], after[kBlock];
-    int64_t count = min<int64_t>(kBlock, s - seen);
-    for (int64_t i = 0; i < count; ++i) absorb(density[seen + i] * delta[seen + i], alpha[i], after[i]);
-    for (int64_t i = 0; i < count; ++i) {
-      if (left < threshold) {
-        count = i;
-        break;
-      }
-      transmittance[seen + i] = left;
-      weight[seen + i] = left * alpha[i];
-      left *= after[i];
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const T* f = features + (seen + i) * c;
-      T q = fma(g_depth, t[seen + i], g_opacity + g_weights[seen + i]);
-      if constexpr (C > 0 && C <= 16) {
-        for (int k = 0; k < C; ++k) q = fma(g_feature[k], f[k], q);
-      } else {
-        T sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < c; ++k) sum += g_feature[k] * f[k];
-        q += sum;
-      }
-      pull[seen + i] = q;
-    }
-    seen += count;
+// Where the gradients of the samples go; null: nobody asks.
+template <class T>
+struct SampleGradients {
+  T *density, *delta, *features, *t;
+};
+
+// With q the gradient of a sample's weight through everything, and S = sum of w·q over the samples behind it, the
+// gradient of its thickness is (light behind it)·q − S − left·(gradient of left). Returns `left`.
+template <class T>
+HD T ray_backward(const RaySamples<T>& ray, T threshold, const RayGradients<T>& up, const SampleGradients<T>& out) {
+  T* arriving = out.density != nullptr ? out.density : out.delta;  // kept where the gradients will be
+  double thickness = 0;
+  T left = T(1);
+  int64_t n = 0;
+  for (; n < ray.count && !(left < threshold); ++n) {
+    const T x = ray.density[n] * ray.delta[n], w = left * one_minus_exp(x);
+    if (arriving != nullptr) arriving[n] = left;
+    if (out.t != nullptr) out.t[n] = w * up.depth;
+    if (out.features != nullptr)
+      for (int64_t c = 0; c < ray.channels; ++c) out.features[n * ray.channels + c] = w * up.features[c];
+    thickness += x;
+    left = light_behind<T>(thickness);
   }
-  T behind = 0;  // what lies behind sample i pulls on its thickness with this
-  if (background != nullptr) {
-    for (int64_t k = 0; k < c; ++k) behind = fma(g_feature[k], background[k], behind);
-    behind *= left;
-    if (d_background != nullptr)
-      for (int64_t k = 0; k < c; ++k) d_background[k] = left * g_feature[k];
+  for (int64_t i = n; i < ray.count; ++i) {
+    if (out.density != nullptr) out.density[i] = 0;
+    if (out.delta != nullptr) out.delta[i] = 0;
+    if (out.t != nullptr) out.t[i] = 0;
+    if (out.features != nullptr)
+      for (int64_t c = 0; c < ray.channels; ++c) out.features[i * ray.channels + c] = 0;
   }
+  if (arriving == nullptr) return left;
+  double behind = double(left) * up.left;
   T next = left;
-  for (int64_t i = seen - 1; i >= 0; --i) {
-    const T q = pull[i];
-    pull[i] = fma(next, q, -behind);  // ∂L/∂x
-    behind = fma(weight[i], q, behind);
-    next = transmittance[i];
+  for (int64_t i = n - 1; i >= 0; --i) {
+    const T here = arriving[i], density = ray.density[i], delta = ray.delta[i];
+    T q = up.weights[i] + fma(up.depth, ray.t[i], up.opacity);
+    for (int64_t c = 0; c < ray.channels; ++c) q = fma(up.features[c], ray.features[i * ray.channels + c], q);
+    const T g = next * q - T(behind);
+    behind += here * one_minus_exp(density * delta) * q;
+    next = here;
+    if (out.density != nullptr) out.density[i] = delta * g;
+    if (out.delta != nullptr) out.delta[i] = density * g;
   }
-  if (d_density != nullptr)
-    for (int64_t i = 0; i < seen; ++i) d_density[i] = delta[i] * pull[i];
-  if (d_delta != nullptr)
-    for (int64_t i = 0; i < seen; ++i) d_delta[i] = density[i] * pull[i];
-  if (d_t != nullptr)
-    for (int64_t i = 0; i < seen; ++i) d_t[i] = weight[i] * g_depth;
-  if (d_features != nullptr)
-    for (int64_t i = 0; i < seen; ++i)
-      for (int64_t k = 0; k < (C > 0 ? C : c); ++k) d_features[i * c + k] = weight[i] * g_feature[k];
-  for (int64_t i = seen; i < s; ++i) {
-    if (d_density != nullptr) d_density[i] = 0;
-    if (d_delta != nullptr) d_delta[i] = 0;
-    if (d_t != nullptr) d_t[i] = 0;
-    if (d_features != nullptr)
-      for (int64_t k = 0; k < c; ++k) d_features[i * c + k] = 0;
-  }
+  return left;
 }
 
 }  // namespace gan3d

@@ -1,56 +1,79 @@
-// What composite's CPU and CUDA sides ask of their arguments.
+// The argument checks of the compositing ops, the same on the CPU and on CUDA devices.
 #pragma once
+
+#include <ATen/core/List.h>
 
 #include <optional>
 
 #include "checks.h"
+#include "common.h"
 
 namespace gan3d {
 
-inline void check_background(const char* op, const std::optional<at::Tensor>& background, const at::Tensor& density,
-                             int64_t rays, int64_t c) {
-  if (background) check(op, "background", *background, density.scalar_type(), {rays, c}, density);
+// Where each ray's samples begin: rays of equal length, or a list of offsets.
+struct RayOffsets {
+  int64_t rays = 0, samples = 0, each = 0;
+  const int32_t* narrow = nullptr;
+  const int64_t* wide = nullptr;
+
+  HD int64_t operator[](int64_t ray) const {
+    return narrow != nullptr ? int64_t(narrow[ray]) : wide != nullptr ? wide[ray] : ray * each;
+  }
+};
+
+inline void check_features(const char* op, const at::Tensor& features, const std::optional<at::Tensor>& background,
+                           int64_t rays, at::IntArrayRef sizes, const at::Tensor& density, double threshold) {
+  TORCH_CHECK_VALUE(threshold >= 0 && threshold <= 1, op, ": threshold must lie in [0, 1], got ", threshold);
+  check(op, "features", features, density.scalar_type(), sizes, density);
+  if (!background) return;
+  const int64_t channels = features.size(-1);
+  if (background->dim() == 1) check(op, "background", *background, density.scalar_type(), {channels}, density);
+  else check(op, "background", *background, density.scalar_type(), {rays, channels}, density);
 }
 
-inline void check_dense(const char* op, const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                        const at::Tensor& t, const std::optional<at::Tensor>& background) {
+inline RayOffsets check_composite(const char* op, const at::Tensor& density, const at::Tensor& delta,
+                                  const at::Tensor& features, const at::Tensor& t,
+                                  const std::optional<at::Tensor>& background, double threshold) {
   check_first(op, "density", density, {-1, -1});
   const int64_t n = density.size(0), s = density.size(1);
-  const auto dtype = density.scalar_type();
-  check(op, "delta", delta, dtype, {n, s}, density);
-  check(op, "features", features, dtype, {n, s, -1}, density);
-  check(op, "t", t, dtype, {n, s}, density);
-  check_background(op, background, density, n, features.size(2));
+  check(op, "delta", delta, density.scalar_type(), {n, s}, density);
+  check(op, "t", t, density.scalar_type(), {n, s}, density);
+  check_features(op, features, background, n, {n, s, -1}, density, threshold);
+  return {n, n * s, s};
 }
 
-inline void check_packed(const char* op, const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                         const at::Tensor& t, const at::Tensor& offsets, const std::optional<at::Tensor>& background) {
+// What the offsets say is checked on the CPU alone: a GPU would have to wait for the answer.
+inline RayOffsets check_composite_packed(const char* op, const at::Tensor& density, const at::Tensor& delta,
+                                         const at::Tensor& features, const at::Tensor& t, const at::Tensor& offsets,
+                                         const std::optional<at::Tensor>& background, double threshold) {
   check_first(op, "density", density, {-1});
   const int64_t n = density.size(0);
-  const auto dtype = density.scalar_type();
-  check(op, "delta", delta, dtype, {n}, density);
-  check(op, "features", features, dtype, {n, -1}, density);
-  check(op, "t", t, dtype, {n}, density);
-  check(op, "offsets", offsets, at::kLong, {-1}, density);
+  check(op, "delta", delta, density.scalar_type(), {n}, density);
+  check(op, "t", t, density.scalar_type(), {n}, density);
+  const auto type = offsets.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kInt || type == at::kLong, op, ": offsets must be int32 or int64, got ", type);
+  check(op, "offsets", offsets, type, {-1}, density);
   TORCH_CHECK_VALUE(offsets.size(0) > 0, op, ": offsets must have one entry more than there are rays, got none");
-  check_background(op, background, density, offsets.size(0) - 1, features.size(1));
+  RayOffsets found{offsets.size(0) - 1, n};
+  if (type == at::kInt) found.narrow = offsets.const_data_ptr<int32_t>();
+  else found.wide = offsets.const_data_ptr<int64_t>();
+  check_features(op, features, background, found.rays, {n, -1}, density, threshold);
+  if (!density.is_cpu()) return found;
+  bool fit = found[0] == 0 && found[found.rays] == n;
+  for (int64_t ray = 0; ray < found.rays; ++ray) fit &= found[ray] <= found[ray + 1];
+  TORCH_CHECK_VALUE(fit, op, ": offsets must ascend from 0 to the number of samples, ", n);
+  return found;
 }
 
-// Offsets are followed as pointers: wrong ones must stop here.
-inline void check_offsets(const char* op, const int64_t* offsets, int64_t rays, int64_t samples) {
-  bool ordered = offsets[0] == 0 && offsets[rays] == samples;
-  for (int64_t r = 0; r < rays; ++r) ordered &= offsets[r] <= offsets[r + 1];
-  TORCH_CHECK_VALUE(ordered, op, ": offsets must rise from 0 to the number of samples, ", samples);
-}
-
-inline void check_gradients(const char* op, const at::Tensor& g_feature, const at::Tensor& g_depth,
-                            const at::Tensor& g_opacity, const at::Tensor& g_weights, const at::Tensor& density,
-                            const at::Tensor& features, int64_t rays) {
+inline void check_gradients(const char* op, const at::Tensor& features, const at::Tensor& depth,
+                            const at::Tensor& opacity, const at::Tensor& weights, int64_t rays,
+                            const at::Tensor& inputs, const at::Tensor& density, const c10::List<bool>& needed) {
   const auto dtype = density.scalar_type();
-  check(op, "g_feature", g_feature, dtype, {rays, features.size(-1)}, density);
-  check(op, "g_depth", g_depth, dtype, {rays}, density);
-  check(op, "g_opacity", g_opacity, dtype, {rays}, density);
-  check(op, "g_weights", g_weights, dtype, density.sizes(), density);
+  check(op, "grad_features", features, dtype, {rays, inputs.size(-1)}, density);
+  check(op, "grad_depth", depth, dtype, {rays}, density);
+  check(op, "grad_opacity", opacity, dtype, {rays}, density);
+  check(op, "grad_weights", weights, dtype, density.sizes(), density);
+  TORCH_CHECK_VALUE(needed.size() == 5, op, ": needed must have five entries, got ", needed.size());
 }
 
 }  // namespace gan3d

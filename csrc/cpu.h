@@ -14,6 +14,10 @@
 #include "checks.h"
 #include "common.h"
 
+#ifndef _OPENMP
+#error "at::parallel_for is a serial loop without -fopenmp"
+#endif
+
 namespace gan3d {
 
 // f(i) for i in [0, n), in pieces of at least `grain`. Every i belongs to one thread: results do not depend on how many

@@ -7,3 +7,4 @@
 #include "sh.cuh"
 #include "sparse_grid.cuh"
 #include "tiny_mlp.cuh"
+#include "voxels.cuh"

@@ -1,6 +1,7 @@
-"""Volume rendering in one pass: weights, features of any width, depth, opacity and background; ragged rays as well."""
+"""From samples to what a ray sees: weights, features, depth and opacity, for rays of equal and of unequal length."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,122 +9,145 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gan3d.cameras import Number
-from gan3d.ops import extension, reference
+from gan3d.ops import extension
 from gan3d.ops.autograd import differentiable
+from gan3d.ops.reference.composite import composite as reference_composite
+from gan3d.ops.reference.composite import composite_packed as reference_composite_packed
 
 
 class Composite(NamedTuple):
-    """What rays saw, and how much each sample had to do with it."""
+    """What rays saw. depth is Σ weight·t, not divided by the opacity: a ray that meets nothing has depth 0."""
 
-    features: Tensor  # [*b c], the background blended in
-    depth: Tensor  # [*b], Σ weight·t: 0 where nothing is
-    opacity: Tensor  # [*b], Σ weight
-    weights: Tensor  # one a sample
+    features: Float[Tensor, "*b c"]
+    depth: Float[Tensor, "*b"]
+    opacity: Float[Tensor, "*b"]
+    weights: Float[Tensor, "*s"]  # of each sample, in the shape of density
 
 
-def composite(
-    density: Float[Tensor, "*b s"],
-    delta: Float[Tensor, "*b s"],
-    features: Float[Tensor, "*b s c"],
-    t: Float[Tensor, "*b s"],
-    background: Tensor | None = None,
-    threshold: Number = 0.0,
-) -> Composite:
-    """Volume rendering of rays with equally many samples. NeRF (2020), eq. 3; derivatives by all but the threshold.
+def composite(density: Float[Tensor, "*b s"], delta: Float[Tensor, "*b s"], features: Float[Tensor, "*b s c"],
+              t: Float[Tensor, "*b s"], background: Float[Tensor, "*behind"] | None = None,
+              threshold: float = 0.0) -> Composite:
+    """What each ray sees of its samples, near to far, and of the background behind them. NeRF (2020), eq. 3.
 
+    A sample lets e^−x of the light through, x = density·delta. Its weight is the light that arrives, e^−(Σx before it),
+    times 1 − e^−x; features are Σ weight·features + e^−Σx·background, opacity is Σ weight. Differentiable in all five
+    tensors, twice; weights may be used in a loss like the other outputs. On every device sums have a fixed order.
     Args:
-        density: ≥ 0, per scene unit; samples ordered near to far.
-        delta: ≥ 0, scene units. A last delta of 1e10 closes the ray.
-        t: distance of each sample along its ray.
-        background: `[c]` or `[*b c]`: what the remaining light shows. None: nothing is added.
-        threshold: a ray ends before the first sample that is reached by less light than this; later samples have no
-            weight and no gradient, and what is left shines on the background. 0: never.
-    Raises: ValueError if shapes do not fit; TypeError for tensors that are not floating-point.
+        density: ≥ 0 (not checked), per scene unit.
+        delta: ≥ 0, scene units. A last delta of 1e10 closes the ray (inf would give nan where density is 0).
+        t: distances along the ray.
+        background: [c], one for all rays, or [*b c]; None: black.
+        threshold: in [0, 1]. A sample that less light than this reaches has weight 0 and gradient 0; the background
+            takes the light behind the last other one. 1e-4 is invisible; 0 processes every sample.
+    Raises: ValueError if shapes do not fit or threshold is outside [0, 1]; TypeError if dtypes differ.
     """
-    density, delta, features, t = (extension.as_float(x) for x in (density, delta, features, t))
-    if not density.shape == delta.shape == t.shape == features.shape[:-1]:
-        raise ValueError(f"composite: density {tuple(density.shape)}, delta {tuple(delta.shape)}, t {tuple(t.shape)} "
-                         f"and features {tuple(features.shape)} without its last axis must have the same shape")
-    *shape, s = density.shape
-    n, c = math.prod(shape), features.shape[-1]
-    args = (density.reshape(n, s), delta.reshape(n, s), features.reshape(n, s, c), t.reshape(n, s))
-    out = _call("composite", args, (), _spread(background, (*shape, c), density), threshold)
-    return Composite(out[0].reshape(*shape, c), out[1].reshape(shape), out[2].reshape(shape), out[3].reshape(*shape, s))
+    rays, samples, channels = density.shape[:-1], density.shape[-1], features.shape[-1]
+    *inputs, behind = _floats("composite", density, delta, features, t, background, threshold)
+    _check("composite", "background", background, (channels,), (*rays, channels))
+    n = math.prod(rays)
+    density, delta, features, t = (x.reshape(n, *x.shape[len(rays):]).contiguous() for x in inputs)
+    if behind is not None:
+        behind = (behind if behind.dim() == 1 else behind.reshape(n, channels)).contiguous()
+    code = torch.ops.gan3d.composite if extension.native(density) else reference_composite
+    out = code(density, delta, features, t, behind, threshold)
+    return Composite(out[0].reshape(*rays, channels), out[1].reshape(rays), out[2].reshape(rays),
+                     out[3].reshape(*rays, samples))
 
 
-def composite_packed(
-    density: Float[Tensor, " n"],
-    delta: Float[Tensor, " n"],
-    features: Float[Tensor, "n c"],
-    t: Float[Tensor, " n"],
-    offsets: Int[Tensor, " o"],
-    background: Tensor | None = None,
-    threshold: Number = 0.0,
-) -> Composite:
-    """`composite` of rays that have any number of samples, also none: ray r owns samples offsets[r] to offsets[r + 1].
+def composite_packed(density: Float[Tensor, " n"], delta: Float[Tensor, " n"], features: Float[Tensor, "n c"],
+                     t: Float[Tensor, " n"], offsets: Int[Tensor, " offsets"],
+                     background: Float[Tensor, "*behind"] | None = None, threshold: float = 0.0) -> Composite:
+    """`composite` for rays of unequal length: the samples of ray i are offsets[i] … offsets[i + 1] − 1, near to far.
 
+    A ray without samples sees the background; its depth and opacity are 0. Differentiable in all float tensors, twice.
     Args:
-        offsets: rising from 0 to n. On the CPU this is checked; on a GPU it is not, which would mean waiting for it.
-        background: `[c]` or `[r c]`. A ray without samples shows it, at depth and opacity 0.
-        density, delta, features, t, threshold: as for `composite`.
-    Returns: features `[r c]`, depth and opacity `[r]`, weights `[n]`. Raises: as `composite`.
+        offsets: int32 or int64, ascending from 0 to n (checked on the CPU only: a GPU would have to wait).
+        background: [c], one for all rays, or [r c]; None: black.
+    Returns: features [r c], depth [r], opacity [r], weights [n].
+    Raises: ValueError if shapes or offsets do not fit or threshold is outside [0, 1]; TypeError for other dtypes.
     """
-    density, delta, features, t = (extension.as_float(x) for x in (density, delta, features, t))
-    if not density.shape == delta.shape == t.shape == features.shape[:-1]:
-        raise ValueError(f"composite_packed: density {tuple(density.shape)}, delta {tuple(delta.shape)}, t "
-                         f"{tuple(t.shape)} and features {tuple(features.shape)} must have the same number of samples")
-    if len(offsets) == 0:
-        raise ValueError("composite_packed: offsets must have one entry more than there are rays, got none")
-    background = _spread(background, (len(offsets) - 1, features.shape[-1]), density)
-    samples = density, delta, features, t
-    return Composite(*_call("composite_packed", samples, (offsets.long(),), background, threshold))
+    if offsets.dim() != 1 or len(offsets) == 0:
+        raise ValueError(f"composite_packed: offsets must have shape [rays + 1], got {tuple(offsets.shape)}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"composite_packed: offsets must be int32 or int64, got {offsets.dtype}")
+    channels = features.shape[-1]
+    *inputs, behind = _floats("composite_packed", density, delta, features, t, background, threshold)
+    _check("composite_packed", "background", background, (channels,), (len(offsets) - 1, channels))
+    density, delta, features, t = (x.contiguous() for x in inputs)
+    code = torch.ops.gan3d.composite_packed if extension.native(density) else reference_composite_packed
+    return Composite(*code(density, delta, features, t, offsets.contiguous(),
+                           behind if behind is None else behind.contiguous(), threshold))
 
 
-def _spread(background: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """One row of the background a ray. Raises: ValueError if it fits neither the rays nor all of them."""
-    if background is None:
-        return None
-    if tuple(background.shape) not in ((shape[-1],), shape):
-        raise ValueError(f"composite: background must be {(shape[-1],)} or {shape}, got {tuple(background.shape)}")
-    return background.to(like).expand(shape).reshape(math.prod(shape[:-1]), shape[-1])
+def _floats(op: str, density: Tensor, delta: Tensor, features: Tensor, t: Tensor, background: Tensor | None,
+            threshold: float) -> list:
+    """All but the threshold, in float32 or float64."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"{op}: threshold must lie in [0, 1], got {threshold}")
+    _check(op, "delta", delta, tuple(density.shape))
+    _check(op, "t", t, tuple(density.shape))
+    _check(op, "features", features, (*density.shape, features.shape[-1]))
+    inputs = [x if x is None else extension.as_float(x) for x in (density, delta, features, t, background)]
+    dtypes = {x.dtype for x in inputs if x is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"{op}: density, delta, features, t and background must have one dtype, got "
+                        f"{', '.join(sorted(map(str, dtypes)))}")
+    return inputs
 
 
-def _call(name: str, samples: tuple, offsets: tuple, background: Tensor | None, threshold: Number) -> tuple:
-    if not extension.native(samples[0]):
-        return getattr(reference, name)(*samples, *offsets, background, float(threshold))
-    tidy = [x.contiguous() for x in (*samples, *offsets)]
-    behind = None if background is None else background.contiguous()
-    return getattr(torch.ops.gan3d, name)(*tidy, behind, float(threshold))
+def _check(op: str, name: str, x: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    if x is not None and tuple(x.shape) not in shapes:
+        expected = " or ".join(str(list(s)) for s in shapes)
+        raise ValueError(f"{op}: {name} must have shape {expected}, got {list(x.shape)}")
+
+
+# A thickness, two exponentials of 15 operations, a weight, and the sums of weights and of weight·t.
+SAMPLE_FLOPS = 35
+# Once more, then a weight's gradient (4), the sum of those behind (2), and the gradients of thickness and its factors.
+SAMPLE_FLOPS_BACKWARD = 46
 
 
 @extension.after_loading
 def _register() -> None:
     @torch.library.register_fake("gan3d::composite")
-    def _(density: Tensor, delta: Tensor, features: Tensor, t: Tensor, background: Tensor | None, threshold: float
-          ) -> tuple:
+    def _(density: Tensor, delta: Tensor, features: Tensor, t: Tensor, background: Tensor | None,
+          threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rays = density.shape[0]
         return (density.new_empty(rays, features.shape[-1]), density.new_empty(rays), density.new_empty(rays),
                 torch.empty_like(density))
 
     @torch.library.register_fake("gan3d::composite_packed")
     def _(density: Tensor, delta: Tensor, features: Tensor, t: Tensor, offsets: Tensor, background: Tensor | None,
-          threshold: float) -> tuple:
+          threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rays = offsets.shape[0] - 1
         return (density.new_empty(rays, features.shape[-1]), density.new_empty(rays), density.new_empty(rays),
                 torch.empty_like(density))
 
-    def gradients(*args: object) -> tuple:
-        density, delta, features, t, *_, background, _, needed = args[4:]  # type: ignore[misc]
-        inputs = (density, delta, features, t, background)
-        return tuple(torch.empty_like(x) if wanted and isinstance(x, Tensor) else density.new_empty(0)
+    def gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+        empty = inputs[0].new_empty(0)  # type: ignore[union-attr]
+        return tuple(torch.empty_like(x) if x is not None and wanted else empty.clone()
                      for x, wanted in zip(inputs, needed, strict=True))
 
-    def flops(density: tuple, delta: tuple, features: tuple, *_: object, out_shape: tuple, **__: object) -> int:
-        samples = features[0] if len(features) == 2 else features[0] * features[1]
-        return samples * (2 * features[-1] + 20)  # about 16 for the exponential, 4 for transmittance and depth
+    @torch.library.register_fake("gan3d::composite_backward")
+    def _(grad_features: Tensor, grad_depth: Tensor, grad_opacity: Tensor, grad_weights: Tensor, density: Tensor,
+          delta: Tensor, features: Tensor, t: Tensor, background: Tensor | None, threshold: float,
+          needed: Sequence[bool]) -> tuple[Tensor, ...]:
+        return gradients([density, delta, features, t, background], needed)
 
-    for name, wanted in (("composite", [0, 1, 2, 3, 4]), ("composite_packed", [0, 1, 2, 3, 5])):
-        torch.library.register_fake(f"gan3d::{name}_backward", gradients)
-        register_flop_formula(getattr(torch.ops.gan3d, name))(flops)
-        differentiable(name, getattr(reference, name), wanted=wanted, selective=True)
+    @torch.library.register_fake("gan3d::composite_packed_backward")
+    def _(grad_features: Tensor, grad_depth: Tensor, grad_opacity: Tensor, grad_weights: Tensor, density: Tensor,
+          delta: Tensor, features: Tensor, t: Tensor, offsets: Tensor, background: Tensor | None, threshold: float,
+          needed: Sequence[bool]) -> tuple[Tensor, ...]:
+        return gradients([density, delta, features, t, background], needed)
+
+    @register_flop_formula([torch.ops.gan3d.composite, torch.ops.gan3d.composite_packed])
+    def _(density: tuple, delta: tuple, features: tuple, *args: object, out_shape: tuple, **_: object) -> int:
+        return math.prod(density) * (SAMPLE_FLOPS + 2 * features[-1])
+
+    @register_flop_formula([torch.ops.gan3d.composite_backward, torch.ops.gan3d.composite_packed_backward])
+    def _(grad_features: tuple, grad_depth: tuple, grad_opacity: tuple, grad_weights: tuple, *args: object,
+          out_shape: tuple, **_: object) -> int:
+        return math.prod(grad_weights) * (SAMPLE_FLOPS_BACKWARD + 3 * grad_features[-1])
+
+    differentiable("composite", reference_composite, wanted=[0, 1, 2, 3, 4], selective=True)
+    differentiable("composite_packed", reference_composite_packed, wanted=[0, 1, 2, 3, 5], selective=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-CPU_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+CPU_FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+             "-fopenmp"]  # PyTorch's own OpenMP library serves: it is not linked a second time
 CUDA_FLAGS = ["-O3", "--fmad=false", "--extended-lambda", "--expt-relaxed-constexpr"]
 
 _registrations: list[Callable[[], None]] = []

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gan3d import ops
 from gan3d.ops import extension, reference
-from gan3d.ops.cells import Voxels
 
 pytestmark = pytest.mark.skipif(ops.backend() == "reference", reason="no compiled ops: no C++ compiler")
 
@@ -108,15 +107,10 @@ def call_grids() -> None:
          ops.grid_sample_3d(grid, where.detach()), ops.triplane_sample(planes.unflatten(1, (3, 8)), where / 4))
 
 
-def some_voxels(side: int) -> Voxels:
-    bits = torch.rand(side**3 // 64, 64, generator=torch.Generator().manual_seed(1)) < 0.6
-    rank = torch.cat([torch.zeros(1, dtype=torch.int64), bits.sum(1).cumsum(0)]).int()
-    return Voxels((bits.long() << torch.arange(64)).sum(1), rank, (side, side, side))
-
-
 def call_sparse_grid() -> None:
-    voxels, box = some_voxels(32), torch.tensor([[-1.0, -1, -1], [1, 1, 1]], dtype=torch.float64)
-    rows = int(voxels.rank[-1])
+    mask = torch.rand(32, 32, 32, generator=torch.Generator().manual_seed(1)) < 0.6
+    voxels, box = ops.voxels_from_mask(mask), torch.tensor([[-1.0, -1, -1], [1, 1, 1]], dtype=torch.float64)
+    rows = int(mask.sum())
     where = (16 + 10 * random(50, 3)).requires_grad_(True)
     pull(ops.sparse_sample(voxels, random(rows, 5).requires_grad_(True), where))
     ray = torch.randint(7, (50,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
@@ -150,6 +144,26 @@ def call_tiny_mlp() -> None:
                                 random(5, count).requires_grad_(True), offsets, widths, bias, activation))
 
 
+def call_voxels() -> None:
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.rand(8, 12, 16, generator=rng) < 0.3
+    voxels = ops.voxels_from_mask(mask)
+    assert torch.equal(ops.mask_of(voxels), mask)
+    ops.voxels_from_positions(torch.randint(0, 8, (50, 3), generator=rng), (8, 12, 16))
+    ops.row_of(voxels, torch.randint(-3, 20, (50, 3), generator=rng))
+    rows = len(ops.positions_of(voxels))
+    values = random(rows, 3).requires_grad_(True)
+    dense = ops.scatter_voxels(values, voxels, 0.5)
+    pull(dense, ops.gather_voxels(dense, voxels), ops.upsample_values(values))
+    for dilate in (0, 1, 2):
+        pruned = ops.prune(voxels, random(rows), 0.8, dilate)
+        pull(ops.compact(values, pruned))
+    ops.prune_dense(random(8, 12, 16), 0.8, 1)
+    ops.upsample(voxels)
+    ops.neighbours(voxels)
+    ops.rank_words(voxels.words)
+
+
 @pytest.mark.parametrize("call, names", [
     (call_sh, {"sh", "sh_backward"}),
     (call_composite, {"composite", "composite_backward", "composite_packed", "composite_packed_backward"}),
@@ -159,6 +173,9 @@ def call_tiny_mlp() -> None:
                         "visibility"}),
     (call_octree, {"octree_query", "octree_traverse"}),
     (call_tiny_mlp, {"tiny_mlp", "tiny_mlp_backward", "sort_by_cell"}),
+    (call_voxels, {"voxels_from_mask", "voxels_from_scores", "voxels_from_positions", "rank_words", "voxel_mask",
+                   "voxel_positions", "voxel_rows", "gather_voxels", "scatter_voxels", "prune_voxels", "compact_rows",
+                   "spread_rows", "upsample_voxels", "upsample_rows", "pool_rows", "voxel_neighbours"}),
     (call_march, {"ray_aabb", "march", "pack_bits", "occupied", "update_occupancy"}),
 ])
 def test_cuda_source_computes_what_the_cpu_op_does(emulated: list, call, names: set[str]) -> None:

@@ -63,13 +63,28 @@ def test_a_compiled_renderer_and_the_reference_see_the_same(rays, monkeypatch: p
     torch.testing.assert_close(compiled.features, plain.features, atol=2e-6, rtol=0)
 
 
+def test_pruning_then_refining_keeps_what_survives(rays) -> None:
+    """The life of a sparse grid: seen by cameras, pruned, refined; a surviving voxel's children have its value."""
+    words = occupancy()[0]
+    voxels = ops.Voxels(words, ops.rank_words(words), (SIDE,) * 3)
+    density = torch.full((int(voxels.rank[-1]),), 50.0)
+    seen = ops.visibility(voxels, density, *rays, BOX)
+    pruned = ops.prune(voxels, seen, 0.01)
+    assert 0 < len(pruned.new_to_old) < len(density)
+    assert (seen[pruned.new_to_old.long()] >= 0.01).all() and (seen[pruned.old_to_new < 0] < 0.01).all()
+    values = torch.randn(len(density), 4, generator=torch.Generator().manual_seed(0))
+    kept = ops.compact(values, pruned)
+    fine = ops.upsample(pruned.voxels)
+    parents = ops.positions_of(fine.voxels) // 2
+    rows = ops.row_of(voxels, parents)
+    assert torch.equal(ops.upsample_values(kept), values[rows.long()])
+
+
 def test_voxels_seen_through_marched_samples_learn_only_where_there_is_light(rays) -> None:
     """Sparse voxels with spherical harmonics, marched and composited: gradients reach voxels in front and no others."""
-    bits = ops.unpack_bits(occupancy())[0]
-    words = occupancy()[0]
-    rank = torch.cat([torch.zeros(1, dtype=torch.int64), bits.reshape(-1, 64).sum(1).cumsum(0)]).int()
-    voxels = ops.Voxels(words, rank, (SIDE,) * 3)
-    values = torch.zeros(int(rank[-1]), 13)
+    words = occupancy()[0]  # one bit field marches and says which voxels exist
+    voxels = ops.Voxels(words, ops.rank_words(words), (SIDE,) * 3)
+    values = torch.zeros(int(voxels.rank[-1]), 13)
     values[:, 0] = 200  # opaque: a ray of light stops within a cell or two
     values.requires_grad_(True)
     origins, directions = rays
@@ -81,7 +96,7 @@ def test_voxels_seen_through_marched_samples_learn_only_where_there_is_light(ray
     density, rgb = ops.sparse_sample_sh(voxels, values, where, ops.sh(directions, 1), samples.ray_index)
     seen = ops.composite_packed(density.relu(), samples.delta, rgb + 0.5, samples.t, samples.offsets)
     (gradient,) = torch.autograd.grad(seen.features.sum(), values)
-    centres = (cell_position(bits.nonzero()[:, 0], (SIDE,) * 3) + 0.5) * (2 / SIDE) - 1
+    centres = (ops.positions_of(voxels) + 0.5) * (2 / SIDE) - 1
     learnt = gradient[:, 1:].abs().sum(1) > 1e-6
     assert learnt.any() and centres[learnt].norm(dim=-1).min() > 0.5 - 4 * 2 / SIDE  # the shell
     assert (seen.opacity > 0.99).float().mean() > 0.3  # the rays that do not just graze it
