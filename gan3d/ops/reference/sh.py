@@ -8,7 +8,7 @@ def sh(directions: Tensor, degree: int) -> Tensor:
     x, y, z = directions.unbind(-1)
     xx, yy, zz = x * x, y * y, z * z
     terms = [
-        0.28209479177387814 * torch.ones_like(x),
+        0.28209479177387814 + 0 * x,  # a constant, but one that has a derivative
         -0.4886025119029199 * y, 0.4886025119029199 * z, -0.4886025119029199 * x,
         1.0925484305920792 * x * y, -1.0925484305920792 * y * z, 0.31539156525252005 * (2 * zz - xx - yy),
         -1.0925484305920792 * x * z, 0.5462742152960396 * (xx - yy),
