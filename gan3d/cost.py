@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from gan3d import ops
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -22,7 +24,8 @@ class Cost:
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products and convolutions in `run()`, without gradients."""
+    """Floating-point operations of matrix products, convolutions and our own ops in `run()`, without gradients."""
+    ops.backend()  # loads the ops: a counter knows the formulas of those that are there when it is made
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

@@ -1,5 +1,9 @@
 """The ledger: floating-point operations are counted, a multiply-add as two."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -28,3 +32,12 @@ def test_counting_leaves_no_graph_and_counts_each_run_alone():
 
 def test_a_frame_costs_rays_times_samples_times_work_and_what_is_fixed():
     assert Cost(rays=64 * 64, samples_per_ray=24.0, flops_per_sample=1000.0, flops_fixed=5e6).flops == 98_304_000 + 5e6
+
+
+def test_the_first_count_of_a_process_knows_our_own_ops() -> None:
+    """They are loaded on first use, and a counter only knows what was there when it was made."""
+    code = ("import torch; from gan3d import ops; from gan3d.cost import count_flops; "
+            "print(count_flops(lambda: ops.tiny_mlp(torch.zeros(10, 4), torch.zeros(20), (4, 4, 1), False, 'relu')))")
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == str(10 * 2 * (4 * 4 + 4)), done.stderr
