@@ -4,8 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
-#include <initializer_list>
-#include <string>
+#include "common.h"
 
 namespace gan3d {
 
@@ -26,6 +25,27 @@ inline void check_first(const char* op, const char* name, const at::Tensor& x, a
   const auto dtype = x.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, op, ": ", name, " must be float32 or float64, got ", dtype);
   check(op, name, x, dtype, sizes, x);
+}
+
+// The cells of a grid with these sides.
+inline Cells check_sides(const char* op, at::IntArrayRef sides) {
+  TORCH_CHECK_VALUE(sides.size() == 3, op, ": resolution must be X, Y and Z, got ", sides);
+  int64_t cells = 1;
+  for (const int64_t side : sides) {
+    TORCH_CHECK_VALUE(side >= 4 && side <= 2048 && side % 4 == 0, op, ": resolution ", sides,
+                      ": sides must be multiples of 4 from 4 to 2048");
+    cells *= side;
+  }
+  TORCH_CHECK_VALUE(cells < (int64_t(1) << 31), op, ": resolution ", sides, ": 2^31 cells or more");
+  return make_cells(sides[0], sides[1], sides[2]);
+}
+
+// That words and rank fit each other and the cells, in size; the counts themselves are the caller's word.
+inline VoxelIndex check_voxels(const char* op, const at::Tensor& words, const at::Tensor& rank, Cells cells,
+                               const at::Tensor& like) {
+  check(op, "words", words, at::kLong, {cells.count() / 64}, like);
+  check(op, "rank", rank, at::kInt, {cells.count() / 64 + 1}, like);
+  return {words.const_data_ptr<int64_t>(), rank.const_data_ptr<int32_t>(), cells};
 }
 
 }  // namespace gan3d

@@ -2,16 +2,12 @@
 
 #include <ATen/ops/sum.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <memory>
-#include <tuple>
 
 #include "composite_checks.h"
 #include "cpu.h"
+#include "lanes.h"
 
 namespace gan3d {
 namespace {
@@ -19,42 +15,17 @@ namespace {
 constexpr int64_t kGroup = 1024;  // rays and samples taken together, while what is known of them stays in the cache
 constexpr int64_t kLong = 4096;   // longer rays are taken sample by sample, by the functions of composite.h
 
-// Uninitialised. The kernel clears fresh memory page by page when it is first touched, which takes longer than writing
-// what is to be in it; large pages take a third of the time.
-at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor x = at::empty(sizes, options);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 1 << 21;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
-  const uintptr_t begin = (data + page - 1) / page * page, end = (data + x.nbytes()) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be declined
-#endif
-  return x;
-}
-
-// G adjacent channels.
-template <class T, int G>
-struct Lanes {
-  typedef T type __attribute__((vector_size(G * sizeof(T))));
-};
-template <class V, class T>
-HD V load(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // out[k] = sum over samples of w·f[k], k < G, in four partial sums.
 template <class T, int G>
 HD void sum_lanes(const T* w, const T* f, int64_t stride, int64_t n, T* out) {
-  using V = typename Lanes<T, G>::type;
+  using V = typename LanesOf<T, G>::type;
   V sum[4] = {};
   int64_t i = 0;
   for (; i + 4 <= n; i += 4)
     for (int k = 0; k < 4; ++k) sum[k] += w[i + k] * load<V>(f + (i + k) * stride);
   for (; i < n; ++i) sum[0] += w[i] * load<V>(f + i * stride);
   const V total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  __builtin_memcpy(out, &total, sizeof total);
+  store(out, total);
 }
 template <class T, int C>
 HD void sum_few(const T* w, const T* f, int64_t stride, int64_t n, T* out) {
@@ -117,29 +88,6 @@ void pull_features(const T* w, const T* f, const T* g, int64_t channels, int64_t
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) out[i * channels + c] = w[i] * g[c];
   }
-}
-
-template <class T>
-struct Scene {
-  const T *density, *delta, *features, *t, *background;
-  int64_t channels, background_stride;
-  T threshold;
-  RayOffsets offsets;
-
-  RaySamples<T> ray(int64_t i) const {
-    const int64_t begin = offsets[i];
-    return {density + begin, delta + begin, features + begin * channels, t + begin, offsets[i + 1] - begin, channels};
-  }
-  const T* behind(int64_t i) const { return background + i * background_stride; }
-};
-
-template <class T>
-Scene<T> make_scene(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features, const at::Tensor& t,
-                    const std::optional<at::Tensor>& background, double threshold, const RayOffsets& offsets) {
-  const int64_t channels = features.size(-1);
-  return {density.const_data_ptr<T>(), delta.const_data_ptr<T>(), features.const_data_ptr<T>(), t.const_data_ptr<T>(),
-          background ? background->const_data_ptr<T>() : nullptr, channels,
-          background && background->dim() == 2 ? channels : 0, T(threshold), offsets};
 }
 
 // What is known of the samples of a group of rays.
@@ -227,8 +175,6 @@ inline bool ends_long(const RayOffsets& offsets, int64_t first, int64_t last) {
   return first < last && offsets[last] - offsets[last - 1] > kLong;
 }
 
-using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 template <class T>
 struct Forward {
@@ -394,45 +340,6 @@ Five backward(const at::Tensor& grad_features, const at::Tensor& grad_depth, con
   return {to_density, to_delta, to_features, to_t, to_background};
 }
 
-Four composite(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features, const at::Tensor& t,
-               const std::optional<at::Tensor>& background, double threshold) {
-  const auto offsets = check_composite("composite", density, delta, features, t, background, threshold);
-  return forward(density, delta, features, t, background, threshold, offsets);
-}
-
-Five composite_backward(const at::Tensor& grad_features, const at::Tensor& grad_depth, const at::Tensor& grad_opacity,
-                        const at::Tensor& grad_weights, const at::Tensor& density, const at::Tensor& delta,
-                        const at::Tensor& features, const at::Tensor& t, const std::optional<at::Tensor>& background,
-                        double threshold, const c10::List<bool>& needed) {
-  const auto offsets = check_composite("composite_backward", density, delta, features, t, background, threshold);
-  check_gradients("composite_backward", grad_features, grad_depth, grad_opacity, grad_weights, offsets.rays, features,
-                  density, needed);
-  return backward(grad_features, grad_depth, grad_opacity, grad_weights, density, delta, features, t, background,
-                  threshold, needed, offsets);
-}
-
-Four composite_packed(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                      const at::Tensor& t, const at::Tensor& offsets, const std::optional<at::Tensor>& background,
-                      double threshold) {
-  const auto rays = check_composite_packed("composite_packed", density, delta, features, t, offsets, background,
-                                           threshold);
-  return forward(density, delta, features, t, background, threshold, rays);
-}
-
-Five composite_packed_backward(const at::Tensor& grad_features, const at::Tensor& grad_depth,
-                               const at::Tensor& grad_opacity, const at::Tensor& grad_weights,
-                               const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                               const at::Tensor& t, const at::Tensor& offsets,
-                               const std::optional<at::Tensor>& background, double threshold,
-                               const c10::List<bool>& needed) {
-  const auto rays = check_composite_packed("composite_packed_backward", density, delta, features, t, offsets,
-                                           background, threshold);
-  check_gradients("composite_packed_backward", grad_features, grad_depth, grad_opacity, grad_weights, rays.rays,
-                  features, density, needed);
-  return backward(grad_features, grad_depth, grad_opacity, grad_weights, density, delta, features, t, background,
-                  threshold, needed, rays);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gan3d, m) {
@@ -448,10 +355,10 @@ TORCH_LIBRARY_FRAGMENT(gan3d, m) {
         "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(gan3d, CPU, m) {
-  m.impl("composite", &composite);
-  m.impl("composite_backward", &composite_backward);
-  m.impl("composite_packed", &composite_packed);
-  m.impl("composite_packed_backward", &composite_packed_backward);
+  m.impl("composite", &composite<&forward>);
+  m.impl("composite_backward", &composite_backward<&backward>);
+  m.impl("composite_packed", &composite_packed<&forward>);
+  m.impl("composite_packed_backward", &composite_packed_backward<&backward>);
 }
 
 }  // namespace gan3d

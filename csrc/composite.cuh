@@ -8,36 +8,6 @@
 
 namespace gan3d::composite_cuda {
 
-using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-// Everything a thread needs to know, by value.
-template <class T>
-struct Scene {
-  const T *density, *delta, *features, *t, *background;
-  int64_t channels, background_stride;
-  T threshold;
-  RayOffsets offsets;
-
-  // Offsets are not checked on a GPU; bad ones must not lead out of the tensors.
-  __device__ int64_t begin(int64_t i) const { return clamp<int64_t>(offsets[i], 0, offsets.samples); }
-  __device__ RaySamples<T> ray(int64_t i) const {
-    const int64_t from = begin(i);
-    return {density + from, delta + from, features + from * channels, t + from,
-            max<int64_t>(begin(i + 1) - from, 0), channels};
-  }
-  __device__ const T* behind(int64_t i) const { return background + i * background_stride; }
-};
-
-template <class T>
-Scene<T> make_scene(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features, const at::Tensor& t,
-                    const std::optional<at::Tensor>& background, double threshold, const RayOffsets& offsets) {
-  const int64_t channels = features.size(-1);
-  return {density.const_data_ptr<T>(), delta.const_data_ptr<T>(), features.const_data_ptr<T>(), t.const_data_ptr<T>(),
-          background ? background->const_data_ptr<T>() : nullptr, channels,
-          background && background->dim() == 2 ? channels : 0, T(threshold), offsets};
-}
-
 inline Four forward(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features, const at::Tensor& t,
                     const std::optional<at::Tensor>& background, double threshold, const RayOffsets& offsets) {
   const c10::cuda::CUDAGuard guard(density.device());
@@ -101,51 +71,11 @@ inline Five backward(const at::Tensor& grad_features, const at::Tensor& grad_dep
   return {to_density, to_delta, to_features, to_t, to_background};
 }
 
-inline Four composite(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                      const at::Tensor& t, const std::optional<at::Tensor>& background, double threshold) {
-  const auto offsets = check_composite("composite", density, delta, features, t, background, threshold);
-  return forward(density, delta, features, t, background, threshold, offsets);
-}
-
-inline Five composite_backward(const at::Tensor& grad_features, const at::Tensor& grad_depth,
-                               const at::Tensor& grad_opacity, const at::Tensor& grad_weights,
-                               const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                               const at::Tensor& t, const std::optional<at::Tensor>& background, double threshold,
-                               const c10::List<bool>& needed) {
-  const auto offsets = check_composite("composite_backward", density, delta, features, t, background, threshold);
-  check_gradients("composite_backward", grad_features, grad_depth, grad_opacity, grad_weights, offsets.rays, features,
-                  density, needed);
-  return backward(grad_features, grad_depth, grad_opacity, grad_weights, density, delta, features, t, background,
-                  threshold, needed, offsets);
-}
-
-inline Four composite_packed(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                             const at::Tensor& t, const at::Tensor& offsets,
-                             const std::optional<at::Tensor>& background, double threshold) {
-  const auto rays = check_composite_packed("composite_packed", density, delta, features, t, offsets, background,
-                                           threshold);
-  return forward(density, delta, features, t, background, threshold, rays);
-}
-
-inline Five composite_packed_backward(const at::Tensor& grad_features, const at::Tensor& grad_depth,
-                                      const at::Tensor& grad_opacity, const at::Tensor& grad_weights,
-                                      const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
-                                      const at::Tensor& t, const at::Tensor& offsets,
-                                      const std::optional<at::Tensor>& background, double threshold,
-                                      const c10::List<bool>& needed) {
-  const auto rays = check_composite_packed("composite_packed_backward", density, delta, features, t, offsets,
-                                           background, threshold);
-  check_gradients("composite_packed_backward", grad_features, grad_depth, grad_opacity, grad_weights, rays.rays,
-                  features, density, needed);
-  return backward(grad_features, grad_depth, grad_opacity, grad_weights, density, delta, features, t, background,
-                  threshold, needed, rays);
-}
-
 TORCH_LIBRARY_IMPL(gan3d, CUDA, m) {
-  m.impl("composite", &composite);
-  m.impl("composite_backward", &composite_backward);
-  m.impl("composite_packed", &composite_packed);
-  m.impl("composite_packed_backward", &composite_packed_backward);
+  m.impl("composite", &composite<&forward>);
+  m.impl("composite_backward", &composite_backward<&backward>);
+  m.impl("composite_packed", &composite_packed<&forward>);
+  m.impl("composite_packed_backward", &composite_packed_backward<&backward>);
 }
 
 }  // namespace gan3d::composite_cuda

@@ -8,27 +8,6 @@
 
 namespace gan3d {
 
-// 1 − e^−x, the same bits on every device; loops over it vectorise. For x ≥ 0 the relative error is below 2^−22,
-// however small x is (tests/ops/test_composite.py).
-HD float one_minus_exp(float x) {
-  const float y = -clamp(x, -88.0f, 32.0f);  // e^−32 is nothing beside 1
-  const float shift = 12582912.0f;           // 1.5·2^23: adding it rounds to an integer, the last bits of the sum
-  union { float f; uint32_t i; } k{fma(y, 1.44269504f, shift)}, scale;
-  scale.i = (k.i + 127u) << 23;  // 2^k
-  k.f -= shift;
-  float r = fma(k.f, -0.693145752f, y);
-  r = fma(k.f, -1.42860677e-6f, r);
-  float p = 1.98756912e-4f;  // as in exp; here the 1 is never added to what is small
-  p = fma(p, r, 1.39819994e-3f);
-  p = fma(p, r, 8.33345205e-3f);
-  p = fma(p, r, 4.16657962e-2f);
-  p = fma(p, r, 1.66666657e-1f);
-  p = fma(p, r, 5.0e-1f);
-  p = fma(p, r * r, r);
-  return fma(-scale.f, p, 1.0f - scale.f);
-}
-HD double one_minus_exp(double x) { return -::expm1(-x); }
-
 // What is left of the light behind this thickness.
 template <class T>
 HD T light_behind(double thickness) { return exp(-T(thickness)); }

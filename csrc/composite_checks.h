@@ -1,12 +1,14 @@
-// The argument checks of the compositing ops, the same on the CPU and on CUDA devices.
+// What the compositing ops are on every device: their argument checks, and where a ray finds its samples.
 #pragma once
 
 #include <ATen/core/List.h>
 
 #include <optional>
 
+#include <tuple>
+
 #include "checks.h"
-#include "common.h"
+#include "composite.h"
 
 namespace gan3d {
 
@@ -74,6 +76,81 @@ inline void check_gradients(const char* op, const at::Tensor& features, const at
   check(op, "grad_opacity", opacity, dtype, {rays}, density);
   check(op, "grad_weights", weights, dtype, density.sizes(), density);
   TORCH_CHECK_VALUE(needed.size() == 5, op, ": needed must have five entries, got ", needed.size());
+}
+
+// All that is known of the rays, by value.
+template <class T>
+struct Scene {
+  const T *density, *delta, *features, *t, *background;
+  int64_t channels, background_stride;
+  T threshold;
+  RayOffsets offsets;
+
+  // On a GPU offsets are not checked; bad ones must not lead out of the tensors.
+  HD int64_t begin(int64_t i) const { return clamp<int64_t>(offsets[i], 0, offsets.samples); }
+  HD RaySamples<T> ray(int64_t i) const {
+    const int64_t from = begin(i);
+    return {density + from, delta + from, features + from * channels, t + from,
+            max<int64_t>(begin(i + 1) - from, 0), channels};
+  }
+  HD const T* behind(int64_t i) const { return background + i * background_stride; }
+};
+
+template <class T>
+Scene<T> make_scene(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features, const at::Tensor& t,
+                    const std::optional<at::Tensor>& background, double threshold, const RayOffsets& offsets) {
+  const int64_t channels = features.size(-1);
+  return {density.const_data_ptr<T>(), delta.const_data_ptr<T>(), features.const_data_ptr<T>(), t.const_data_ptr<T>(),
+          background ? background->const_data_ptr<T>() : nullptr, channels,
+          background && background->dim() == 2 ? channels : 0, T(threshold), offsets};
+}
+
+// The four ops, checked, from what a device does with rays wherever their samples lie.
+
+using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+template <auto forward>
+Four composite(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features, const at::Tensor& t,
+               const std::optional<at::Tensor>& background, double threshold) {
+  const auto rays = check_composite("composite", density, delta, features, t, background, threshold);
+  return forward(density, delta, features, t, background, threshold, rays);
+}
+
+template <auto backward>
+Five composite_backward(const at::Tensor& grad_features, const at::Tensor& grad_depth, const at::Tensor& grad_opacity,
+                        const at::Tensor& grad_weights, const at::Tensor& density, const at::Tensor& delta,
+                        const at::Tensor& features, const at::Tensor& t, const std::optional<at::Tensor>& background,
+                        double threshold, const c10::List<bool>& needed) {
+  const auto rays = check_composite("composite_backward", density, delta, features, t, background, threshold);
+  check_gradients("composite_backward", grad_features, grad_depth, grad_opacity, grad_weights, rays.rays, features,
+                  density, needed);
+  return backward(grad_features, grad_depth, grad_opacity, grad_weights, density, delta, features, t, background,
+                  threshold, needed, rays);
+}
+
+template <auto forward>
+Four composite_packed(const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
+                      const at::Tensor& t, const at::Tensor& offsets, const std::optional<at::Tensor>& background,
+                      double threshold) {
+  const auto rays = check_composite_packed("composite_packed", density, delta, features, t, offsets, background,
+                                           threshold);
+  return forward(density, delta, features, t, background, threshold, rays);
+}
+
+template <auto backward>
+Five composite_packed_backward(const at::Tensor& grad_features, const at::Tensor& grad_depth,
+                               const at::Tensor& grad_opacity, const at::Tensor& grad_weights,
+                               const at::Tensor& density, const at::Tensor& delta, const at::Tensor& features,
+                               const at::Tensor& t, const at::Tensor& offsets,
+                               const std::optional<at::Tensor>& background, double threshold,
+                               const c10::List<bool>& needed) {
+  const auto rays = check_composite_packed("composite_packed_backward", density, delta, features, t, offsets,
+                                           background, threshold);
+  check_gradients("composite_packed_backward", grad_features, grad_depth, grad_opacity, grad_weights, rays.rays,
+                  features, density, needed);
+  return backward(grad_features, grad_depth, grad_opacity, grad_weights, density, delta, features, t, background,
+                  threshold, needed, rays);
 }
 
 }  // namespace gan3d

@@ -1,13 +1,11 @@
+#include "counting_sort.h"
 #include "cpu.h"
-#include "triplane.h"
-#include "trilinear.h"
+#include "grids_checks.h"
 
 #include <algorithm>
 #include <array>
 #include <tuple>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+
 
 namespace gan3d {
 namespace {
@@ -36,17 +34,6 @@ inline void prefetch(const void* begin, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(begin) + i);
 }
 
-// A large gradient is fresh memory in every step: its first use costs a page fault every 4 KiB, more time than the sums
-// that follow, unless the system is told that larger pages will do.
-inline void prefer_huge_pages(const at::Tensor& x) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(x.const_data_ptr()) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(x.const_data_ptr()) + x.nbytes()) / page * page;
-  if (end > begin + 15 * page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may fail
-#endif
-}
-
 template <class T>
 HD void add_row(T* out, const T* g, T weight, int n) {
 #pragma omp simd
@@ -63,37 +50,15 @@ struct Sorted {
 template <class F>
 Sorted sort_points(int64_t n, int64_t buckets, const at::Tensor& like, const F& bucket) {  // −1: left out
   const auto options = like.options().dtype(at::kInt);
-  const int64_t parts = std::clamp<int64_t>(n / (buckets + 1), 1, at::get_num_threads());  // fewer counts than points
   at::Tensor keys = at::empty({n}, options), order = at::empty({n}, options);
-  at::Tensor start = at::empty({buckets + 1}, options), counts = at::zeros({parts, buckets}, options);
+  at::Tensor start = at::empty({buckets + 2}, options);  // what is left out goes to a last bucket of its own
   int32_t *key = keys.mutable_data_ptr<int32_t>(), *to = order.mutable_data_ptr<int32_t>(),
-          *first = start.mutable_data_ptr<int32_t>(), *count = counts.mutable_data_ptr<int32_t>();
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      int32_t* mine = count + part * buckets;
-      for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i) {
-        key[i] = bucket(i);
-        if (key[i] >= 0) ++mine[key[i]];
-      }
-    }
+          *first = start.mutable_data_ptr<int32_t>();
+  parallel(n, 4096, [&](int64_t i) {
+    const int32_t b = bucket(i);
+    key[i] = b < 0 ? int32_t(buckets) : b;
   });
-  int32_t total = 0;
-  for (int64_t b = 0; b < buckets; ++b) {
-    first[b] = total;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int32_t here = count[part * buckets + b];
-      count[part * buckets + b] = total;
-      total += here;
-    }
-  }
-  first[buckets] = total;
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      int32_t* mine = count + part * buckets;
-      for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i)
-        if (key[i] >= 0) to[mine[key[i]]++] = int32_t(i);
-    }
-  });
+  counting_sort(n, buckets + 1, [=](int64_t i) { return key[i]; }, to, first);
   return {order, start, to, first};
 }
 
@@ -117,21 +82,13 @@ void share_buckets(const Sorted& sorted, int64_t buckets, double fixed, const F&
   });
 }
 
-struct GridSizes {
-  int64_t batch, points, channels, voxels;  // points and voxels of one batch element
-  Sides sides;
-};
-
+// What sorting by column asks besides: its numbers are of 32 bits.
 GridSizes check_grid(const char* op, const at::Tensor& grid, const at::Tensor& coordinates) {
-  check_first(op, "grid", grid, {-1, -1, -1, -1, -1});
-  check(op, "coordinates", coordinates, grid.scalar_type(), {grid.size(0), -1, 3}, grid);
-  const int64_t x = grid.size(1), y = grid.size(2), z = grid.size(3);
-  TORCH_CHECK_VALUE(x > 0 && y > 0 && z > 0, op, ": grid must have sides of at least 1, got ", grid.sizes());
+  const GridSizes sizes = check_sizes(op, grid, coordinates);
   constexpr int64_t limit = int64_t(1) << 31;
-  TORCH_CHECK_VALUE(x < limit && y < limit && z < limit && grid.size(0) * x * y < limit && grid.size(4) < limit &&
-                        coordinates.size(0) * coordinates.size(1) < limit,
-                    op, ": at most 2^31 - 1 points and columns of voxels");
-  return {grid.size(0), coordinates.size(1), grid.size(4), x * y * z, {int32_t(x), int32_t(y), int32_t(z)}};
+  TORCH_CHECK_VALUE(sizes.batch * sizes.sides.x * sizes.sides.y < limit && sizes.batch * sizes.points < limit, op,
+                    ": at most 2^31 - 1 points and columns of voxels");
+  return sizes;
 }
 
 template <bool Zeros, int C, class T>
@@ -242,9 +199,8 @@ std::tuple<at::Tensor, at::Tensor> grid_sample_3d_backward(const at::Tensor& gra
                                                            std::array<bool, 2> needed) {
   const GridSizes sizes = check_grid("grid_sample_3d_backward", grid, coordinates);
   check("grid_sample_3d_backward", "grad", grad, grid.scalar_type(), {sizes.batch, sizes.points, sizes.channels}, grid);
-  at::Tensor grad_grid = needed[0] ? at::empty_like(grid) : at::empty({0}, grid.options());
+  at::Tensor grad_grid = needed[0] ? fresh(grid.sizes(), grid.options()) : at::empty({0}, grid.options());
   at::Tensor grad_coordinates = needed[1] ? at::empty_like(coordinates) : at::empty({0}, grid.options());
-  prefer_huge_pages(grad_grid);
   AT_DISPATCH_FLOATING_TYPES(grid.scalar_type(), "grid_sample_3d_backward", [&] {
     const scalar_t *g = grad.const_data_ptr<scalar_t>(), *v = grid.const_data_ptr<scalar_t>(),
                    *p = coordinates.const_data_ptr<scalar_t>();
@@ -260,25 +216,12 @@ std::tuple<at::Tensor, at::Tensor> grid_sample_3d_backward(const at::Tensor& gra
   return {grad_grid, grad_coordinates};
 }
 
+// What sorting by row of pixels asks besides: its numbers are of 32 bits.
 Planes check_planes(const char* op, const at::Tensor& planes, const at::Tensor& points, at::IntArrayRef axes) {
-  const auto dtype = planes.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, op, ": planes must be float32 or float64, got ", dtype);
-  TORCH_CHECK_VALUE(planes.dim() == 5 && planes.size(1) == kPlanes && planes.size(3) > 0 && planes.size(4) > 0, op,
-                    ": planes must have shape [b, 3, c, h, w] with h and w of at least 1, got ", planes.sizes());
-  TORCH_CHECK_VALUE(planes.size(2) < 2 || planes.numel() == 0 || planes.stride(2) == 1, op,
-                    ": the channels of planes must be contiguous (channels_last), got strides ", planes.strides());
-  check(op, "points", points, dtype, {planes.size(0), -1, 3}, planes);
+  const Planes found = check_layout(op, planes, points, axes);
   constexpr int64_t limit = int64_t(1) << 31;
-  TORCH_CHECK_VALUE(points.size(0) * points.size(1) < limit && planes.size(0) * planes.size(3) < limit &&
-                        planes.size(2) < limit && planes.size(4) < limit,
-                    op, ": at most 2^31 - 1 points and rows of pixels");
-  Planes found{int32_t(planes.size(3)), int32_t(planes.size(4)), int32_t(planes.size(2)), planes.stride(0),
-               planes.stride(1), planes.stride(3), planes.stride(4), {}};
-  TORCH_CHECK_VALUE(axes.size() == 2 * kPlanes, op, ": axes must be ", 2 * kPlanes, " numbers, got ", axes.size());
-  for (int i = 0; i < 2 * kPlanes; ++i) {
-    TORCH_CHECK_VALUE(axes[i] >= 0 && axes[i] < 3, op, ": axes must be 0, 1 or 2, got ", axes);
-    found.axes[i] = int32_t(axes[i]);
-  }
+  TORCH_CHECK_VALUE(points.size(0) * points.size(1) < limit && planes.size(0) * planes.size(3) < limit, op,
+                    ": at most 2^31 - 1 points and rows of pixels");
   return found;
 }
 

@@ -6,27 +6,9 @@
 #include <tuple>
 
 #include "cuda.cuh"
-#include "triplane.h"
-#include "trilinear.h"
+#include "grids_checks.h"
 
 namespace gan3d::grids_cuda {
-
-struct GridSizes {
-  int64_t batch, points, voxels;
-  int channels;
-  Sides sides;
-};
-
-inline GridSizes check_grid(const char* op, const at::Tensor& grid, const at::Tensor& coordinates) {
-  check_first(op, "grid", grid, {-1, -1, -1, -1, -1});
-  check(op, "coordinates", coordinates, grid.scalar_type(), {grid.size(0), -1, 3}, grid);
-  const int64_t x = grid.size(1), y = grid.size(2), z = grid.size(3);
-  TORCH_CHECK_VALUE(x > 0 && y > 0 && z > 0, op, ": grid must have sides of at least 1, got ", grid.sizes());
-  constexpr int64_t limit = int64_t(1) << 31;
-  TORCH_CHECK_VALUE(x < limit && y < limit && z < limit && grid.size(4) < limit, op,
-                    ": at most 2^31 - 1 voxels along a side");
-  return {grid.size(0), coordinates.size(1), x * y * z, int(grid.size(4)), {int32_t(x), int32_t(y), int32_t(z)}};
-}
 
 template <class T>
 HD Trilinear<T> stencil(const T* p, Sides sides, bool zeros) {
@@ -34,7 +16,7 @@ HD Trilinear<T> stencil(const T* p, Sides sides, bool zeros) {
 }
 
 inline at::Tensor grid_sample_3d(const at::Tensor& grid, const at::Tensor& coordinates, bool zeros) {
-  const GridSizes sizes = check_grid("grid_sample_3d", grid, coordinates);
+  const GridSizes sizes = check_sizes("grid_sample_3d", grid, coordinates);
   const c10::cuda::CUDAGuard guard(grid.device());
   at::Tensor out = at::empty({sizes.batch, sizes.points, sizes.channels}, grid.options());
   AT_DISPATCH_FLOATING_TYPES(grid.scalar_type(), "grid_sample_3d", [&] {
@@ -42,7 +24,7 @@ inline at::Tensor grid_sample_3d(const at::Tensor& grid, const at::Tensor& coord
     scalar_t* y = out.mutable_data_ptr<scalar_t>();
     for_each(sizes.batch * sizes.points, [=] __device__(int64_t i) {
       const int64_t first = i / sizes.points * sizes.voxels * sizes.channels;
-      trilinear_value<0>(v + first, stencil(p + 3 * i, sizes.sides, zeros), sizes.channels, y + i * sizes.channels);
+      trilinear_value<0>(v + first, stencil(p + 3 * i, sizes.sides, zeros), int(sizes.channels), y + i * sizes.channels);
     });
   });
   return out;
@@ -51,7 +33,7 @@ inline at::Tensor grid_sample_3d(const at::Tensor& grid, const at::Tensor& coord
 inline std::tuple<at::Tensor, at::Tensor> grid_sample_3d_backward(const at::Tensor& grad, const at::Tensor& grid,
                                                                   const at::Tensor& coordinates, bool zeros,
                                                                   std::array<bool, 2> needed) {
-  const GridSizes sizes = check_grid("grid_sample_3d_backward", grid, coordinates);
+  const GridSizes sizes = check_sizes("grid_sample_3d_backward", grid, coordinates);
   check("grid_sample_3d_backward", "grad", grad, grid.scalar_type(), {sizes.batch, sizes.points, sizes.channels}, grid);
   const c10::cuda::CUDAGuard guard(grid.device());
   const bool to_grid = needed[0], to_coordinates = needed[1];
@@ -63,7 +45,7 @@ inline std::tuple<at::Tensor, at::Tensor> grid_sample_3d_backward(const at::Tens
                    *p = coordinates.const_data_ptr<scalar_t>();
     scalar_t *out = grad_grid.mutable_data_ptr<scalar_t>(), *out_p = grad_coordinates.mutable_data_ptr<scalar_t>();
     for_each(sizes.batch * sizes.points, [=] __device__(int64_t i) {
-      const int n = sizes.channels;
+      const int n = int(sizes.channels);
       const int64_t first = i / sizes.points * sizes.voxels * n;
       const auto s = stencil(p + 3 * i, sizes.sides, zeros);
       if (to_grid && !s.nothing())
@@ -82,30 +64,9 @@ inline std::tuple<at::Tensor, at::Tensor> grid_sample_3d_backward(const at::Tens
   return {grad_grid, grad_coordinates};
 }
 
-inline Planes check_planes(const char* op, const at::Tensor& planes, const at::Tensor& points, at::IntArrayRef axes) {
-  const auto dtype = planes.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, op, ": planes must be float32 or float64, got ", dtype);
-  TORCH_CHECK_VALUE(planes.dim() == 5 && planes.size(1) == kPlanes && planes.size(3) > 0 && planes.size(4) > 0, op,
-                    ": planes must have shape [b, 3, c, h, w] with h and w of at least 1, got ", planes.sizes());
-  TORCH_CHECK_VALUE(planes.size(2) < 2 || planes.numel() == 0 || planes.stride(2) == 1, op,
-                    ": the channels of planes must be contiguous (channels_last), got strides ", planes.strides());
-  check(op, "points", points, dtype, {planes.size(0), -1, 3}, planes);
-  constexpr int64_t limit = int64_t(1) << 31;
-  TORCH_CHECK_VALUE(planes.size(2) < limit && planes.size(3) < limit && planes.size(4) < limit, op,
-                    ": at most 2^31 - 1 pixels along a side");
-  Planes found{int32_t(planes.size(3)), int32_t(planes.size(4)), int32_t(planes.size(2)), planes.stride(0),
-               planes.stride(1), planes.stride(3), planes.stride(4), {}};
-  TORCH_CHECK_VALUE(axes.size() == 2 * kPlanes, op, ": axes must be ", 2 * kPlanes, " numbers, got ", axes.size());
-  for (int i = 0; i < 2 * kPlanes; ++i) {
-    TORCH_CHECK_VALUE(axes[i] >= 0 && axes[i] < 3, op, ": axes must be 0, 1 or 2, got ", axes);
-    found.axes[i] = int32_t(axes[i]);
-  }
-  return found;
-}
-
 inline at::Tensor triplane_sample(const at::Tensor& planes, const at::Tensor& points, at::IntArrayRef axes,
                                   double scale) {
-  const Planes sizes = check_planes("triplane_sample", planes, points, axes);
+  const Planes sizes = check_layout("triplane_sample", planes, points, axes);
   const c10::cuda::CUDAGuard guard(planes.device());
   const int64_t n = points.size(1);
   at::Tensor out = at::empty({points.size(0), n, sizes.channels}, points.options());
@@ -124,7 +85,7 @@ inline at::Tensor triplane_sample(const at::Tensor& planes, const at::Tensor& po
 inline std::tuple<at::Tensor, at::Tensor> triplane_sample_backward(const at::Tensor& grad, const at::Tensor& planes,
                                                                    const at::Tensor& points, at::IntArrayRef axes,
                                                                    double scale, std::array<bool, 2> needed) {
-  const Planes sizes = check_planes("triplane_sample_backward", planes, points, axes);
+  const Planes sizes = check_layout("triplane_sample_backward", planes, points, axes);
   const int64_t n = points.size(1);
   check("triplane_sample_backward", "grad", grad, planes.scalar_type(), {points.size(0), n, sizes.channels}, planes);
   const c10::cuda::CUDAGuard guard(planes.device());
@@ -132,7 +93,7 @@ inline std::tuple<at::Tensor, at::Tensor> triplane_sample_backward(const at::Ten
   if (to_planes) at::globalContext().alertNotDeterministic("gan3d::triplane_sample_backward");
   at::Tensor grad_planes = to_planes ? at::zeros_like(planes) : at::empty({0}, planes.options());
   at::Tensor grad_points = to_points ? at::zeros_like(points) : at::empty({0}, planes.options());
-  const Planes to_sizes = to_planes ? check_planes("triplane_sample_backward", grad_planes, points, axes) : sizes;
+  const Planes to_sizes = to_planes ? check_layout("triplane_sample_backward", grad_planes, points, axes) : sizes;
   AT_DISPATCH_FLOATING_TYPES(planes.scalar_type(), "triplane_sample_backward", [&] {
     const scalar_t *g = grad.const_data_ptr<scalar_t>(), *v = planes.const_data_ptr<scalar_t>(),
                    *x = points.const_data_ptr<scalar_t>();

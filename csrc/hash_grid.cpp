@@ -9,6 +9,7 @@
 
 #include "cpu.h"
 #include "hash_grid_checks.h"
+#include "lanes.h"
 
 namespace gan3d {
 namespace {
@@ -17,25 +18,8 @@ constexpr int kLanes = 16;          // points located together
 constexpr int64_t kBlock = 8192;    // points taken through all levels while their features stay in the cache
 constexpr int64_t kNear = 1 << 19;  // bytes: a level as small as this stays in the second-level cache by itself
 
-// F adjacent features.
 template <class T, int F>
-struct Features {
-  typedef T type __attribute__((vector_size(F * sizeof(T))));
-};
-template <class T>
-struct Features<T, 1> {
-  typedef T type;
-};
-template <class V, class T>
-HD V load(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class V, class T>
-HD void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
-template <class T, int F>
-HD T sum(typename Features<T, F>::type v) {
+HD T sum(typename LanesOf<T, F>::type v) {
   if constexpr (F == 1) return v;
   else {
     T total = v[0];
@@ -156,7 +140,7 @@ void each_piece(const HashLevel& level, const Points<T>& points, int64_t feature
 
 template <int F, class T>
 void interpolate(const Corners<T>& corners, int count, const T* table, T* out, int64_t stride) {
-  using V = typename Features<T, F>::type;
+  using V = typename LanesOf<T, F>::type;
   for (int i = 0; i < count; ++i) {
     V total = load<V>(table + corners.at[0][i]) * corners.weight[0][i];
     for (int c = 1; c < 8; ++c) total += load<V>(table + corners.at[c][i]) * corners.weight[c][i];
@@ -184,7 +168,7 @@ void forward(const T* points, const T* table, const std::vector<HashLevel>& leve
 template <int F, class T>
 void scatter(const Corners<T>& corners, int count, const T* grad, int64_t stride, T* table, uint32_t low,
              uint32_t size) {
-  using V = typename Features<T, F>::type;
+  using V = typename LanesOf<T, F>::type;
   for (int i = 0; i < count; ++i) {
     const V g = load<V>(grad + i * stride);
     for (int c = 0; c < 8; ++c)
@@ -234,7 +218,7 @@ void backward_table(const T* grad, const T* points, const std::vector<HashLevel>
 template <int F, class T>
 void slopes(const HashLevel& level, const Corners<T>& corners, int count, const T* table, const T* grad,
             int64_t stride, T* gx, T* gy, T* gz) {
-  using V = typename Features<T, F>::type;
+  using V = typename LanesOf<T, F>::type;
   for (int i = 0; i < count; ++i) {
     V v[8];
     for (int c = 0; c < 8; ++c) v[c] = load<V>(table + corners.at[c][i]);

@@ -10,14 +10,7 @@ namespace gan3d {
 
 inline void check_grid(const char* op, const at::Tensor& words, const at::Tensor& aabb, at::IntArrayRef resolution,
                        const at::Tensor& like) {
-  TORCH_CHECK_VALUE(resolution.size() == 3, op, ": resolution must be X, Y and Z, got ", resolution);
-  int64_t cells = 1;
-  for (const int64_t side : resolution) {
-    TORCH_CHECK_VALUE(side >= 4 && side <= 2048 && side % 4 == 0, op, ": resolution ", resolution,
-                      ": sides must be multiples of 4 from 4 to 2048");
-    cells *= side;
-  }
-  TORCH_CHECK_VALUE(cells < (int64_t(1) << 31), op, ": resolution ", resolution, ": 2^31 cells or more");
+  const int64_t cells = check_sides(op, resolution).count();
   check(op, "words", words, at::kLong, {-1, cells / 64}, like);
   TORCH_CHECK_VALUE(words.size(0) >= 1 && words.size(0) <= kMaxLevels, op, ": words must have 1 to ", kMaxLevels,
                     " levels, got ", words.size(0));

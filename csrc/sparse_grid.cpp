@@ -21,16 +21,8 @@ constexpr int width_for(int channels, int most) {
 }
 
 // The vector of T that rows of C channels are read by.
-template <class T, int W>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(W * sizeof(T))));
-};
-template <class T>
-struct VectorOf<T, 1> {
-  using type = T;
-};
 template <class T, int C>
-using Vector = typename VectorOf<T, width_for(C, kRegister / int(sizeof(T)))>::type;
+using Vector = typename LanesOf<T, width_for(C, kRegister / int(sizeof(T)))>::type;
 
 template <class T, class V>
 T sum_of(V v) {

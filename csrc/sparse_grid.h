@@ -6,9 +6,7 @@
 // are computed twice.
 #pragma once
 
-#include <cstring>
-
-#include "common.h"
+#include "lanes.h"
 
 namespace gan3d::sparse_grid {
 
@@ -77,15 +75,6 @@ HD Corners<T> find_corners(const VoxelIndex& grid, const Place<T>& at) {
   for (int c = 0; c < 8; ++c) out.weight[c] = x[c & 1] * y[(c >> 1) & 1] * z[c >> 2];
   return out;
 }
-
-template <class V, class T>
-HD V load(const T* from) {
-  V v;
-  std::memcpy(&v, from, sizeof(V));
-  return v;
-}
-template <class V, class T>
-HD void store(T* to, V v) { std::memcpy(to, &v, sizeof(V)); }
 
 // C numbers of T as vectors V.
 template <class V, class T, int C>

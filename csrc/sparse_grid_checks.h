@@ -12,15 +12,7 @@ namespace gan3d::sparse_grid {
 
 inline VoxelIndex check_voxels(const char* op, const at::Tensor& words, const at::Tensor& rank,
                                at::IntArrayRef resolution, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(resolution.size() == 3, op, ": resolution must have 3 sides, got ", resolution);
-  for (const int64_t side : resolution)
-    TORCH_CHECK_VALUE(side >= 4 && side <= 2048 && side % 4 == 0, op, ": resolution ", resolution,
-                      ": sides must be multiples of 4 from 4 to 2048");
-  const Cells cells = make_cells(resolution[0], resolution[1], resolution[2]);
-  TORCH_CHECK_VALUE(cells.count() < int64_t(1) << 31, op, ": resolution ", resolution, ": 2^31 cells or more");
-  check(op, "words", words, at::kLong, {cells.count() / 64}, like);
-  check(op, "rank", rank, at::kInt, {cells.count() / 64 + 1}, like);
-  return {words.const_data_ptr<int64_t>(), rank.const_data_ptr<int32_t>(), cells};
+  return gan3d::check_voxels(op, words, rank, check_sides(op, resolution), like);
 }
 
 inline void check_points(const char* op, const at::Tensor& values, const at::Tensor& coordinates) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "counting_sort.h"
 #include "cpu.h"
 #include "tiny_mlp_checks.h"
 #include "tiny_mlp_lanes.h"
@@ -54,7 +55,7 @@ struct Pieces {
 // f<V>(begin, count): the points of a piece in blocks of V vectors of about equal size, the last one partly filled.
 template <class S, class F>
 void for_blocks(const Piece& piece, const F& f) {
-  constexpr int lanes = Lane<typename LanesOf<S>::type>::count;
+  constexpr int lanes = Lane<Wide<S>>::count;
   int64_t vectors = (piece.end - piece.begin + lanes - 1) / lanes, blocks = (vectors + kVectors - 1) / kVectors;
   for (int64_t begin = piece.begin; begin < piece.end; --blocks) {
     const int v = int((vectors + blocks - 1) / blocks);
@@ -75,7 +76,7 @@ void for_blocks(const Piece& piece, const F& f) {
 // (features w−lanes … w−1) where lanes do not divide w, so that every load and store is a full one.
 template <class S>
 struct Layout {
-  using T = typename LanesOf<S>::type;
+  using T = Wide<S>;
   using L = Lane<T>;
   static constexpr int lanes = L::count;
 
@@ -411,27 +412,10 @@ std::tuple<at::Tensor, at::Tensor> sort_by_cell(const at::Tensor& cell, int64_t 
   AT_DISPATCH_INDEX_TYPES(cell.scalar_type(), "sort_by_cell", [&] {
     const index_t* c = cell.const_data_ptr<index_t>();
     int64_t *to = order.mutable_data_ptr<int64_t>(), *starts = offsets.mutable_data_ptr<int64_t>();
-    // Each part of the points counts for itself; more parts than points per cell would only cost memory.
-    const int64_t most = n / std::max<int64_t>(4096, count);
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), most));
-    std::vector<int64_t> counts(parts * (count + 1));
+    std::vector<int64_t> bounds(count + 2);
     const auto bin = [=](int64_t i) { return c[i] >= 0 && c[i] < count ? int64_t(c[i]) : count; };
-    const auto begin = [=](int64_t part) { return n * part / parts; };
-    parallel(parts, 1, [&](int64_t part) {
-      int64_t* own = counts.data() + part * (count + 1);
-      for (int64_t i = begin(part); i < begin(part + 1); ++i) ++own[bin(i)];
-    });
-    int64_t total = 0;
-    for (int64_t b = 0; b <= count; ++b) {
-      starts[b] = total;
-      for (int64_t part = 0; part < parts; ++part) {
-        total += std::exchange(counts[part * (count + 1) + b], total);
-      }
-    }
-    parallel(parts, 1, [&](int64_t part) {
-      int64_t* next = counts.data() + part * (count + 1);
-      for (int64_t i = begin(part); i < begin(part + 1); ++i) to[next[bin(i)]++] = i;
-    });
+    counting_sort(n, count + 1, bin, to, bounds.data());
+    std::copy_n(bounds.begin(), count + 1, starts);
   });
   return {order, offsets};
 }

@@ -66,24 +66,6 @@ HD float log1p_unit(float t) {
 }
 HD double log1p_unit(double t) { return ::log1p(t); }
 
-// 1 − e^(−h), h ≥ 0: the reduction of gan3d::exp, whose leading 1 is never added.
-HD float one_minus_exp(float h) {
-  const float x = -min(h, 100.0f), shift = 12582912.0f;
-  const float k = fma(x, 1.44269504f, shift) - shift;
-  float r = fma(k, -0.693145752f, x);
-  r = fma(k, -1.42860677e-6f, r);
-  float p = 1.98756912e-4f;
-  p = fma(p, r, 1.39819994e-3f);
-  p = fma(p, r, 8.33345205e-3f);
-  p = fma(p, r, 4.16657962e-2f);
-  p = fma(p, r, 1.66666657e-1f);
-  p = fma(p, r, 5.0e-1f);
-  p = fma(p, r * r, r);
-  union { int32_t i; float f; } power{(int32_t(max(k, -127.0f)) + 127) << 23};
-  return (1.0f - power.f) - power.f * p;
-}
-HD double one_minus_exp(double h) { return -::expm1(-h); }
-
 // log(1 + e^x), and x itself above 20, as torch has it.
 template <class S>
 HD S softplus(S x) {

@@ -1,9 +1,9 @@
 // The widest vector of the processor as a number type: a block of points, one a lane, for the functions of tiny_mlp.h.
 #pragma once
 
-#include <cstring>
 #include <utility>
 
+#include "lanes.h"
 #include "tiny_mlp.h"
 
 #if defined(__AVX512F__) || defined(__FMA__)
@@ -20,27 +20,18 @@ constexpr int kLaneBytes = 32, kVectors = 2;  // 12 of 16 registers
 constexpr int kLaneBytes = 16, kVectors = 2;
 #endif
 
-typedef float FloatLanes __attribute__((vector_size(kLaneBytes)));
-typedef double DoubleLanes __attribute__((vector_size(kLaneBytes)));
-
 template <class S>
-struct LanesOf;
-template <>
-struct LanesOf<float> { using type = FloatLanes; };
-template <>
-struct LanesOf<double> { using type = DoubleLanes; };
+using Wide = typename LanesOf<S, kLaneBytes / int(sizeof(S))>::type;
+using FloatLanes = Wide<float>;
+using DoubleLanes = Wide<double>;
 
-// Memory is read and written as S (any alignment): vectors exist in registers only.
+// Vectors exist in registers only: memory is read and written as S.
 template <class T, class S>
 struct LaneMemory {
   using Scalar = S;
   static constexpr int count = int(sizeof(T) / sizeof(S));
-  HD static T load(const S* p) {
-    T v;
-    std::memcpy(&v, p, sizeof(T));
-    return v;
-  }
-  HD static void store(S* p, T v) { std::memcpy(p, &v, sizeof(T)); }
+  HD static T load(const S* p) { return gan3d::load<T>(p); }
+  HD static void store(S* p, T v) { gan3d::store(p, v); }
   HD static T broadcast(S s) { return s - T{}; }
   HD static T fused(T a, T b, T c) {  // for processors without the instructions below
     T r;

@@ -9,7 +9,6 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -21,33 +20,14 @@
 namespace gan3d {
 namespace {
 
-// Memory. The first touch of a page of 4 KB costs as much as copying it several times; in large tables that is most
-// of the time. Huge pages cost a fraction, where the system has them.
-
-constexpr int64_t kLarge = int64_t(4) << 20;
-
-int64_t bytes_of(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  return c10::multiply_integers(sizes) * int64_t(options.dtype().itemsize());
-}
-
-at::Tensor empty_table(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor out = at::empty(sizes, options);
-#ifdef __linux__
-  if (const int64_t bytes = bytes_of(sizes, options); bytes >= kLarge) {
-    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = uintptr_t(out.mutable_data_ptr()) & ~(page - 1);
-    madvise(reinterpret_cast<void*>(begin), uintptr_t(out.mutable_data_ptr()) + bytes - begin, MADV_HUGEPAGE);
-  }
-#endif
-  return out;
-}
-
 // Zeros that nobody writes: pages come from the system cleared, those that stay untouched never come.
 at::Tensor zero_table(at::IntArrayRef sizes, const at::TensorOptions& options) {
 #ifdef __linux__
-  if (const size_t bytes = size_t(bytes_of(sizes, options)); int64_t(bytes) >= kLarge) {
+  const size_t bytes = size_t(c10::multiply_integers(sizes)) * options.dtype().itemsize();
+  if (int64_t(bytes) >= kLarge) {
     void* where = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (where != MAP_FAILED) {
-      madvise(where, bytes, MADV_HUGEPAGE);
+      prefer_huge_pages(where, int64_t(bytes));
       return at::from_blob(where, sizes, [bytes](void* p) { munmap(p, bytes); }, options);
     }
   }
@@ -259,7 +239,7 @@ at::Tensor rank_words(const at::Tensor& words) {
 at::Tensor voxel_mask(const at::Tensor& words, at::IntArrayRef resolution) {
   const Cells cells = check_sides("voxel_mask", resolution), blocks = blocks_of(cells);
   check_words("voxel_mask", words, blocks.count());
-  at::Tensor mask = empty_table(resolution, words.options().dtype(at::kBool));
+  at::Tensor mask = fresh(resolution, words.options().dtype(at::kBool));
   const int64_t* word = words.const_data_ptr<int64_t>();
   char* out = bytes_out(mask);
   parallel(blocks.count(), 256, [=](int64_t w) {
@@ -295,7 +275,7 @@ void for_each_voxel(const VoxelIndex& voxels, const F& f) {
 
 at::Tensor voxel_positions(const at::Tensor& words, const at::Tensor& rank, at::IntArrayRef resolution) {
   const VoxelIndex voxels = check_voxels("voxel_positions", words, rank, check_sides("voxel_positions", resolution));
-  at::Tensor out = empty_table({checked_rows("voxel_positions", voxels), 3}, rank.options());
+  at::Tensor out = fresh({checked_rows("voxel_positions", voxels), 3}, rank.options());
   int32_t* p = out.mutable_data_ptr<int32_t>();
   for_each_voxel(voxels, [=](int64_t row, int32_t x, int32_t y, int32_t z) {
     p[3 * row] = x, p[3 * row + 1] = y, p[3 * row + 2] = z;
@@ -325,7 +305,7 @@ at::Tensor gather_voxels(const at::Tensor& dense, const at::Tensor& words, const
   const VoxelIndex voxels = check_voxels("gather_voxels", words, rank, cells);
   const int64_t found = checked_rows("gather_voxels", voxels), c = dense.size(3), bytes = c * dense.element_size();
   TORCH_CHECK_VALUE(!rows || *rows == found, "gather_voxels: rows is ", *rows, ", but ", found, " voxels exist");
-  at::Tensor out = empty_table({found, c}, dense.options());
+  at::Tensor out = fresh({found, c}, dense.options());
   const char* from = bytes_in(dense);
   char* to = bytes_out(out);
   with_row_size(bytes, [&](auto size) {
@@ -344,7 +324,7 @@ at::Tensor scatter_voxels(const at::Tensor& values, const at::Tensor& words, con
   const int64_t c = values.size(1), bytes = c * values.element_size();
   check("scatter_voxels", "values", values, values.scalar_type(), {checked_rows("scatter_voxels", voxels), c}, words);
   const std::array<int64_t, 4> sizes{resolution[0], resolution[1], resolution[2], c};
-  at::Tensor out = fill == 0 ? zero_table(sizes, values.options()) : empty_table(sizes, values.options());
+  at::Tensor out = fill == 0 ? zero_table(sizes, values.options()) : fresh(sizes, values.options());
   if (fill != 0) {
     AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "scatter_voxels", [&] {
       scalar_t* y = out.mutable_data_ptr<scalar_t>();
@@ -389,7 +369,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prune_voxels(
   }
   at::Tensor kept_rank = ranked(kept);
   const int32_t* new_rank = kept_rank.const_data_ptr<int32_t>();
-  at::Tensor new_to_old = empty_table({new_rank[n]}, rank.options()), old_to_new = empty_table({rows}, rank.options());
+  at::Tensor new_to_old = fresh({new_rank[n]}, rank.options()), old_to_new = fresh({rows}, rank.options());
   int32_t *to_old = new_to_old.mutable_data_ptr<int32_t>(), *to_new = old_to_new.mutable_data_ptr<int32_t>();
   parallel(n, 256, [=](int64_t w) {
     const uint64_t word = uint64_t(voxels.words[w]);
@@ -419,7 +399,7 @@ at::Tensor compact_rows(const at::Tensor& values, const at::Tensor& new_to_old) 
   check_table("compact_rows", values, new_to_old, values.size(0));
   check_increasing("compact_rows", new_to_old, values.size(0));
   const int64_t m = new_to_old.size(0), c = values.size(1), bytes = c * values.element_size();
-  at::Tensor out = empty_table({m, c}, values.options());
+  at::Tensor out = fresh({m, c}, values.options());
   const int32_t* index = new_to_old.const_data_ptr<int32_t>();
   const char* from = bytes_in(values);
   char* to = bytes_out(out);
@@ -451,7 +431,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> upsample_voxels(const at::Tensor&
   const VoxelIndex voxels = check_voxels("upsample_voxels", words, rank, cells);
   const int64_t n = words.size(0), rows = checked_rows("upsample_voxels", voxels);
   at::Tensor fine = at::empty({8 * n}, words.options()), fine_rank = at::empty({8 * n + 1}, rank.options());
-  at::Tensor parent = empty_table({8 * rows}, rank.options());
+  at::Tensor parent = fresh({8 * rows}, rank.options());
   uint64_t* out = bits_out(fine);
   int32_t *r = fine_rank.mutable_data_ptr<int32_t>(), *p = parent.mutable_data_ptr<int32_t>();
   parallel(n, 1024, [=](int64_t w) {
@@ -471,7 +451,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> upsample_voxels(const at::Tensor&
 at::Tensor upsample_rows(const at::Tensor& values) {
   check_first("upsample_rows", "values", values, {-1, -1});
   const int64_t n = values.size(0), c = values.size(1), bytes = c * values.element_size();
-  at::Tensor out = empty_table({8 * n, c}, values.options());
+  at::Tensor out = fresh({8 * n, c}, values.options());
   const char* from = bytes_in(values);
   char* to = bytes_out(out);
   with_row_size(bytes, [&](auto size) {
@@ -486,7 +466,7 @@ at::Tensor pool_rows(const at::Tensor& values) {
   check_first("pool_rows", "values", values, {-1, -1});
   TORCH_CHECK_VALUE(values.size(0) % 8 == 0, "pool_rows: values must be a multiple of 8, got ", values.size(0));
   const int64_t n = values.size(0) / 8, c = values.size(1);
-  at::Tensor out = empty_table({n, c}, values.options());
+  at::Tensor out = fresh({n, c}, values.options());
   AT_DISPATCH_FLOATING_TYPES(values.scalar_type(), "pool_rows", [&] {
     const scalar_t* v = values.const_data_ptr<scalar_t>();
     scalar_t* y = out.mutable_data_ptr<scalar_t>();
@@ -562,7 +542,7 @@ void neighbours_of_block(const VoxelIndex& voxels, const Cells& blocks, int64_t 
 at::Tensor voxel_neighbours(const at::Tensor& words, const at::Tensor& rank, at::IntArrayRef resolution) {
   const Cells cells = check_sides("voxel_neighbours", resolution), blocks = blocks_of(cells);
   const VoxelIndex voxels = check_voxels("voxel_neighbours", words, rank, cells);
-  at::Tensor out = empty_table({checked_rows("voxel_neighbours", voxels), kNeighbours}, rank.options());
+  at::Tensor out = fresh({checked_rows("voxel_neighbours", voxels), kNeighbours}, rank.options());
   int32_t* y = out.mutable_data_ptr<int32_t>();
   parallel(blocks.count(), 64, [=](int64_t w) {
     if (voxels.words[w] != 0) neighbours_of_block(voxels, blocks, w, y);

@@ -6,28 +6,13 @@
 
 namespace gan3d {
 
-inline Cells check_sides(const char* op, at::IntArrayRef sides) {
-  TORCH_CHECK_VALUE(sides.size() == 3, op, ": resolution must be X, Y and Z, got ", sides);
-  int64_t cells = 1;
-  for (const int64_t side : sides) {
-    TORCH_CHECK_VALUE(side >= 4 && side <= 2048 && side % 4 == 0, op, ": resolution ", sides,
-                      ": sides must be multiples of 4 from 4 to 2048");
-    cells *= side;
-  }
-  TORCH_CHECK_VALUE(cells < (int64_t(1) << 31), op, ": resolution ", sides, ": 2^31 cells or more");
-  return make_cells(sides[0], sides[1], sides[2]);
-}
-
 inline void check_words(const char* op, const at::Tensor& words, int64_t n) {
   check(op, "words", words, at::kLong, {n}, words);
   TORCH_CHECK_VALUE(words.size(0) < (int64_t(1) << 25), op, ": 2^31 cells or more");
 }
 
-// That words and rank fit each other and the resolution, in size; the counts themselves are the caller's word.
 inline VoxelIndex check_voxels(const char* op, const at::Tensor& words, const at::Tensor& rank, Cells cells) {
-  check_words(op, words, cells.count() / 64);
-  check(op, "rank", rank, at::kInt, {words.size(0) + 1}, words);
-  return {words.const_data_ptr<int64_t>(), rank.const_data_ptr<int32_t>(), cells};
+  return check_voxels(op, words, rank, cells, words);
 }
 
 inline void check_positions(const char* op, const at::Tensor& positions) {

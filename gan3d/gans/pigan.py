@@ -18,6 +18,7 @@ from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
 from gan3d.nn.discriminators import official_discriminator as official_discriminator  # the loader looks for it here
 from gan3d.nn.siren import OFFICIAL_ORDER, FiLMSiren, MappingNetwork, official_siren
+from gan3d.ramps import Ramp
 from gan3d.rays import Bounds, Patch, PixelGrid, Rays, camera_rays, full_grid
 from gan3d.rendering import Field, query, render_chunks, render_hits
 from gan3d.sampling import LAST_DELTA, deltas, even_quantiles, merge, sample_pdf, spread
@@ -168,7 +169,7 @@ class PiGAN(nn.Module):
 
     def before_step(self, step: int) -> None:
         """Noise on the density: from `density_noise` at step 0 linearly to none."""
-        self.noise_std = self.density_noise * max(0.0, 1 - step / self.density_noise_steps)
+        self.noise_std = Ramp(self.density_noise, 0.0, self.density_noise_steps)(step)
 
     def cost(self, resolution: int) -> Cost:
         weight = self.siren.density_head.weight

@@ -12,46 +12,42 @@ import torch
 from torch import Tensor
 
 
-def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[int], kept: int = 0,
+def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[int],
                    selective: bool = False) -> None:
     """Registers the derivatives of `gan3d::<name>`, which returns a tensor or a tuple of tensors.
 
     Args:
-        name: of the op; `gan3d::<name>_backward(grad of each output…, arguments…, kept outputs…)` returns the gradients
-            of the `wanted` arguments in their order (an empty tensor for one that was None).
+        name: of the op; `gan3d::<name>_backward(grad of each output…, arguments…)` returns the gradients of the
+            `wanted` arguments in their order (an empty tensor for one that was None).
         reference: the same function of the same arguments in plain PyTorch.
         wanted: positions of the differentiable arguments.
-        kept: how many of the op's last outputs are no results of `reference` but what its backward op wants to see
-            again, not differentiable; they follow the arguments.
         selective: the backward op takes one more, last argument `bool[] needed`, one for each wanted argument, and may
             return an empty tensor where it is false: nobody pays for the gradient of points that are constants.
     """
     forward, backward = getattr(torch.ops.gan3d, name).default, getattr(torch.ops.gan3d, name + "_backward").default
-    results = len(forward._schema.returns) - kept
+    results = len(forward._schema.returns)
     count = len(forward._schema.arguments)
+
+    def remember(ctx: Any, inputs: tuple) -> None:
+        ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
+
+    def remembered(ctx: Any) -> list:
+        saved = iter(ctx.saved_tensors)
+        return [next(saved) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
-        remembered = outputs[results:]
-        if kept:
-            ctx.mark_non_differentiable(*remembered)
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
-        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.shapes = [(x.shape, x.dtype, x.device) for x in outputs[:results]]
-        ctx.save_for_backward(*tensors, *remembered)
-
-    def arguments(ctx: Any) -> tuple[list, list]:
-        saved = list(ctx.saved_tensors)
-        inputs = [saved.pop(0) if tensor else other for tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)]
-        return inputs, saved
+        ctx.shapes = [(x.shape, x.dtype, x.device) for x in outputs]
+        remember(ctx, inputs)
 
     def pull(ctx: Any, *grads: Tensor | None) -> tuple:
-        inputs, remembered = arguments(ctx)
+        inputs = remembered(ctx)
         given = [torch.zeros(shape, dtype=dtype, device=device) if g is None else g.contiguous()
-                 for g, (shape, dtype, device) in zip(grads, ctx.shapes, strict=False)]
+                 for g, (shape, dtype, device) in zip(grads, ctx.shapes, strict=True)]
         extra = ([bool(ctx.needs_input_grad[p]) for p in wanted],) if selective else ()
-        found = backward(*given, *inputs, *remembered, *extra)
+        found = backward(*given, *inputs, *extra)
         found = found if isinstance(found, (tuple, list)) else (found,)
         out: list[Tensor | None] = [None] * count
         for position, gradient in zip(wanted, found, strict=True):
@@ -60,13 +56,11 @@ def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[in
         return tuple(out)
 
     def setup_twice(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
-        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
         ctx.needed = inputs[-1] if selective else [True] * len(wanted)
-        ctx.save_for_backward(*[x for x in inputs if isinstance(x, Tensor)])
+        remember(ctx, inputs)
 
     def pull_twice(ctx: Any, *grads: Tensor | None) -> tuple:
-        saved, _ = arguments(ctx)
+        saved = remembered(ctx)
         given, inputs = saved[:results], saved[results:results + count]
         with torch.enable_grad():
             moved = list(inputs)
@@ -78,7 +72,7 @@ def differentiable(name: str, reference: Callable[..., Any], wanted: Sequence[in
         sources = leaves + [moved[p] for p in wanted if inputs[p] is not None]
         pairs = [(a, g) for a, g, needed in zip(again, grads, ctx.needed, strict=True)
                  if needed and a is not None and g is not None and a.requires_grad]
-        out: list[Tensor | None] = [None] * (results + count + kept + selective)
+        out: list[Tensor | None] = [None] * (results + count + selective)
         if not pairs:
             return tuple(out)
         found = list(torch.autograd.grad([a for a, _ in pairs], sources, [g for _, g in pairs], allow_unused=True))
@@ -106,3 +100,9 @@ def _vector_jacobian(reference: Callable[..., Any], grads: Sequence[Tensor], inp
                                          create_graph=True, allow_unused=True))
     gradients = iter(found)
     return [next(gradients) if inputs[p] is not None else None for p in wanted]
+
+
+def shaped_like(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """What a selective backward op returns, in shape: for its fake. The first input is not None."""
+    return tuple(torch.empty_like(x) if x is not None and wanted else inputs[0].new_empty(0)  # type: ignore[union-attr]
+                 for x, wanted in zip(inputs, needed, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gan3d.ops import extension
-from gan3d.ops.autograd import differentiable
+from gan3d.ops.autograd import differentiable, shaped_like
 from gan3d.ops.reference.composite import composite as reference_composite
 from gan3d.ops.reference.composite import composite_packed as reference_composite_packed
 
@@ -109,36 +109,31 @@ SAMPLE_FLOPS_BACKWARD = 46
 
 @extension.after_loading
 def _register() -> None:
+    def shapes(rays: int | torch.SymInt, density: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (density.new_empty(rays, features.shape[-1]), density.new_empty(rays), density.new_empty(rays),
+                torch.empty_like(density))
+
     @torch.library.register_fake("gan3d::composite")
     def _(density: Tensor, delta: Tensor, features: Tensor, t: Tensor, background: Tensor | None,
           threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rays = density.shape[0]
-        return (density.new_empty(rays, features.shape[-1]), density.new_empty(rays), density.new_empty(rays),
-                torch.empty_like(density))
+        return shapes(density.shape[0], density, features)
 
     @torch.library.register_fake("gan3d::composite_packed")
     def _(density: Tensor, delta: Tensor, features: Tensor, t: Tensor, offsets: Tensor, background: Tensor | None,
           threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rays = offsets.shape[0] - 1
-        return (density.new_empty(rays, features.shape[-1]), density.new_empty(rays), density.new_empty(rays),
-                torch.empty_like(density))
-
-    def gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool]) -> tuple[Tensor, ...]:
-        empty = inputs[0].new_empty(0)  # type: ignore[union-attr]
-        return tuple(torch.empty_like(x) if x is not None and wanted else empty.clone()
-                     for x, wanted in zip(inputs, needed, strict=True))
+        return shapes(offsets.shape[0] - 1, density, features)
 
     @torch.library.register_fake("gan3d::composite_backward")
     def _(grad_features: Tensor, grad_depth: Tensor, grad_opacity: Tensor, grad_weights: Tensor, density: Tensor,
           delta: Tensor, features: Tensor, t: Tensor, background: Tensor | None, threshold: float,
           needed: Sequence[bool]) -> tuple[Tensor, ...]:
-        return gradients([density, delta, features, t, background], needed)
+        return shaped_like([density, delta, features, t, background], needed)
 
     @torch.library.register_fake("gan3d::composite_packed_backward")
     def _(grad_features: Tensor, grad_depth: Tensor, grad_opacity: Tensor, grad_weights: Tensor, density: Tensor,
           delta: Tensor, features: Tensor, t: Tensor, offsets: Tensor, background: Tensor | None, threshold: float,
           needed: Sequence[bool]) -> tuple[Tensor, ...]:
-        return gradients([density, delta, features, t, background], needed)
+        return shaped_like([density, delta, features, t, background], needed)
 
     @register_flop_formula([torch.ops.gan3d.composite, torch.ops.gan3d.composite_packed])
     def _(density: tuple, delta: tuple, features: tuple, *args: object, out_shape: tuple, **_: object) -> int:

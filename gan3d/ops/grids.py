@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gan3d.ops import extension
-from gan3d.ops.autograd import differentiable
+from gan3d.ops.autograd import differentiable, shaped_like
 from gan3d.ops.reference import grids as reference
 
 Padding = Literal["border", "zeros"]
@@ -104,18 +104,14 @@ def _register() -> None:
     def _(planes: Tensor, points: Tensor, axes: list[int], scale: float) -> Tensor:
         return planes.new_empty(*points.shape[:2], planes.shape[2])
 
-    def gradients(values: Tensor, where: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor]:
-        return (torch.empty_like(values) if needed[0] else values.new_empty(0),
-                torch.empty_like(where) if needed[1] else where.new_empty(0))
-
     @torch.library.register_fake("gan3d::grid_sample_3d_backward")
-    def _(grad: Tensor, grid: Tensor, coordinates: Tensor, zeros: bool, needed: list[bool]) -> tuple[Tensor, Tensor]:
-        return gradients(grid, coordinates, needed)
+    def _(grad: Tensor, grid: Tensor, coordinates: Tensor, zeros: bool, needed: list[bool]) -> tuple[Tensor, ...]:
+        return shaped_like([grid, coordinates], needed)
 
     @torch.library.register_fake("gan3d::triplane_sample_backward")
     def _(grad: Tensor, planes: Tensor, points: Tensor, axes: list[int], scale: float,
-          needed: list[bool]) -> tuple[Tensor, Tensor]:
-        return gradients(planes, points, needed)
+          needed: list[bool]) -> tuple[Tensor, ...]:
+        return shaped_like([planes, points], needed)
 
     def work(values: int, corners: int, needed: Sequence[bool] = (True,)) -> int:
         return 2 * values * corners * sum(needed)  # a multiply-add a corner and channel, for each result

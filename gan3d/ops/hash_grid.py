@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gan3d.ops import extension
-from gan3d.ops.autograd import differentiable
+from gan3d.ops.autograd import differentiable, shaped_like
 from gan3d.ops.reference.hash_grid import hash_grid as reference_hash_grid
 
 
@@ -87,9 +87,8 @@ def _register() -> None:
 
     @torch.library.register_fake("gan3d::hash_grid_backward")
     def _(grad: Tensor, points: Tensor, table: Tensor, scales: Sequence[float], resolutions: Sequence[int],
-          offsets: Sequence[int], needed: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        return (torch.empty_like(points) if needed[0] else points.new_empty(0),
-                torch.empty_like(table) if needed[1] else table.new_empty(0))
+          offsets: Sequence[int], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+        return shaped_like([points, table], needed)
 
     # a cell and its eight weights take about 30 operations; a feature, a product and a sum at each corner
     @register_flop_formula(torch.ops.gan3d.hash_grid)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gan3d.ops import extension
-from gan3d.ops.autograd import differentiable
+from gan3d.ops.autograd import differentiable, shaped_like
 from gan3d.ops.cells import Voxels
 from gan3d.ops.reference import sparse_grid as reference
 
@@ -93,9 +93,6 @@ def visibility(voxels: Voxels, density: Float[Tensor, " rows"], rays_o: Float[Te
 
 @extension.after_loading
 def _register() -> None:
-    def gradients(needed: list[bool], *like: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) if need else x.new_empty(0) for x, need in zip(like, needed, strict=True))
-
     @torch.library.register_fake("gan3d::sparse_sample")
     def _(words: Tensor, rank: Tensor, resolution: list[int], values: Tensor, coordinates: Tensor) -> Tensor:
         return values.new_empty(coordinates.shape[0], values.shape[1])
@@ -103,7 +100,7 @@ def _register() -> None:
     @torch.library.register_fake("gan3d::sparse_sample_backward")
     def _(grad: Tensor, words: Tensor, rank: Tensor, resolution: list[int], values: Tensor, coordinates: Tensor,
           needed: list[bool]) -> tuple[Tensor, ...]:
-        return gradients(needed, values, coordinates)
+        return shaped_like([values, coordinates], needed)
 
     @torch.library.register_fake("gan3d::sparse_sample_sh")
     def _(words: Tensor, rank: Tensor, resolution: list[int], values: Tensor, coordinates: Tensor, basis: Tensor,
@@ -114,7 +111,7 @@ def _register() -> None:
     @torch.library.register_fake("gan3d::sparse_sample_sh_backward")
     def _(grad_density: Tensor, grad_rgb: Tensor, words: Tensor, rank: Tensor, resolution: list[int], values: Tensor,
           coordinates: Tensor, basis: Tensor, ray_index: Tensor | None, needed: list[bool]) -> tuple[Tensor, ...]:
-        return gradients(needed, values, coordinates, basis)
+        return shaped_like([values, coordinates, basis], needed)
 
     @torch.library.register_fake("gan3d::visibility")
     def _(words: Tensor, rank: Tensor, resolution: list[int], density: Tensor, *_: object) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from gan3d.ops import extension
-from gan3d.ops.autograd import differentiable
+from gan3d.ops.autograd import differentiable, shaped_like
 from gan3d.ops.reference.tiny_mlp import ACTIVATIONS, op
 from gan3d.ops.reference.tiny_mlp import layers as reference_layers
 from gan3d.ops.reference.tiny_mlp import parameter_count as parameter_count
@@ -125,9 +125,8 @@ def _register() -> None:
 
     @torch.library.register_fake("gan3d::tiny_mlp_backward")
     def _(grad: Tensor, x: Tensor, parameters: Tensor, offsets: Tensor | None, widths: list[int], bias: bool,
-          activation: int, needed: list[bool]) -> tuple[Tensor, Tensor]:
-        return (torch.empty_like(x) if needed[0] else x.new_empty(0),
-                torch.empty_like(parameters) if needed[1] else x.new_empty(0))
+          activation: int, needed: list[bool]) -> tuple[Tensor, ...]:
+        return shaped_like([x, parameters], needed)
 
     @torch.library.register_fake("gan3d::sort_by_cell")
     def _(cell: Tensor, count: int) -> tuple[Tensor, Tensor]:
