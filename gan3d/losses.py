@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from gan3d.cameras import Number
 
@@ -49,6 +49,39 @@ class R1:
             pixels = gradient.shape[-1] * gradient.shape[-2] if self.reduction == "per_pixel" else 1
             penalty = penalty + gradient.square().sum((1, 2, 3)).mean() / pixels
         return self.weight * self.every * penalty
+
+
+class PathLength(nn.Module):
+    """A step of a given length in w should change the picture by a fixed amount. StyleGAN2 (2020), sec. 3.2, eq. 4.
+
+    Args:
+        weight: of the penalty.
+        every: lazy regularisation; computed every so many steps, and multiplied by as many.
+        decay: how fast `mean`, the length aimed at, follows the lengths found.
+        shrink: the batch is so many times smaller (its second derivatives take memory).
+    """
+
+    mean: Tensor
+
+    def __init__(self, *, weight: Number, every: int, decay: Number = 0.01, shrink: int = 2):
+        super().__init__()
+        self.weight, self.every, self.decay, self.shrink = weight, every, decay, shrink
+        self.register_buffer("mean", torch.zeros(()))
+
+    def due(self, step: int) -> bool:
+        return self.weight > 0 and step % self.every == 0
+
+    def share(self, batch: int) -> int:
+        return max(1, batch // self.shrink)
+
+    def forward(self, images: Float[Tensor, "b c h w"], ws: Float[Tensor, "b l d"]) -> Float[Tensor, ""]:
+        """Moves `mean`, then the penalty. ws made the images and require gradients."""
+        noise = torch.randn_like(images) / math.sqrt(images.shape[-1] * images.shape[-2])
+        (gradient,) = torch.autograd.grad((images * noise).sum(), ws, create_graph=True)
+        lengths = gradient.square().sum(-1).mean(-1).sqrt()
+        mean = self.mean.lerp(lengths.mean(), self.decay)
+        self.mean.copy_(mean.detach())
+        return self.weight * self.every * (lengths - mean).square().mean()
 
 
 @dataclass(frozen=True)

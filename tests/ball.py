@@ -48,7 +48,7 @@ class Ball(nn.Module):
         rgb = 2 * seen.features.transpose(1, 2).unflatten(-1, side) - 1
         return Images(rgb, rgb, seen.depth.unflatten(-1, side), seen.opacity.unflatten(-1, side))
 
-    def regularizers(self, ws, step):
+    def regularizers(self, ready, camera, images, step):
         return {}
 
     def before_step(self, step):

@@ -48,8 +48,9 @@ class Generator(Protocol):
         """Pictures of side `resolution`, or of the patch's pixels of such a picture. Random only in training mode."""
         ...
 
-    def regularizers(self, ws: Tensor, step: int) -> dict[str, Tensor]:
-        """Extra losses of this paper, already weighted; usually none."""
+    def regularizers(self, ready: Any, camera: Camera, images: Images, step: int) -> dict[str, Tensor]:
+        """Extra losses of this paper, already weighted; usually none. `images` were just drawn from `ready`, which
+        `prepare` made, through `camera`."""
         ...
 
     def before_step(self, step: int) -> None:

@@ -263,13 +263,13 @@ class EG3D(nn.Module):
         rest = self.decoder.net[2].weight.shape[0] - 1 - len(rgb)
         return torch.cat([rgb, rgb.mean().expand(rest)])
 
-    def regularizers(self, ws: Tensor, step: int) -> dict[str, Tensor]:
-        """The density must be alike at neighbouring points."""
+    def regularizers(self, ready: Planes, camera: Camera, images: Images, step: int) -> dict[str, Tensor]:
+        """The density must be alike at neighbouring points (of the planes just drawn; the release draws others)."""
         if not self.density_weight or step % self.density_every:
             return {}
-        near = 2 * torch.rand(len(ws), self.density_points, 1, 3, device=ws.device) - 1
+        near = 2 * torch.rand(len(ready.ws), self.density_points, 1, 3, device=ready.ws.device) - 1
         points = torch.cat([near, near + self.density_distance * torch.randn_like(near)], 1) * (self.box / 2)
-        raw_density, _ = self.field(ws)(points, points)
+        raw_density, _ = self.field(ready)(points, points)
         first, second = raw_density.chunk(2, dim=1)
         return {"reg_density": self.density_weight * self.density_every * (first - second).abs().mean()}
 

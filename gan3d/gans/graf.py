@@ -244,7 +244,7 @@ class GRAF(nn.Module):
         spacing = (rays.far - rays.near) / max(self.samples_per_ray - 1, 1)
         return torch.cat([delta[..., :-1], spacing[..., None]], dim=-1)
 
-    def regularizers(self, ws: Tensor, step: int) -> dict[str, Tensor]:
+    def regularizers(self, ready: Tensor, camera: Camera, images: Images, step: int) -> dict[str, Tensor]:
         return {}
 
     def before_step(self, step: int) -> None:

@@ -163,7 +163,7 @@ class PiGAN(nn.Module):
             delta = torch.cat([delta[..., :-1], (rays.far[..., None] - t[..., -1:]).clamp(min=0)], -1)
         return composite(torch.relu(raw_density), delta)
 
-    def regularizers(self, ws: Tensor, step: int) -> dict[str, Tensor]:
+    def regularizers(self, ready: Tensor, camera: Camera, images: Images, step: int) -> dict[str, Tensor]:
         """None; the pose term belongs to the discriminator's heads."""
         return {}
 

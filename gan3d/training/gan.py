@@ -17,22 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gan3d.cameras import Camera, Number
-from gan3d.gans import Verdict
-from gan3d.losses import R1, TopK, discriminator_loss, generator_loss
+from gan3d.gans import Images, Verdict
+from gan3d.losses import R1, PathLength, TopK, discriminator_loss, generator_loss
 from gan3d.nn.convolution import gaussian_blur
 from gan3d.poses import PosePrior
-from gan3d.ramps import Ramp
+from gan3d.ramps import Growth, Ramp
 from gan3d.rays import Patch, PatchSampler
 from gan3d.training.ema import EMA
 from gan3d.training.schedule import Steps
 
 
 class Fakes(NamedTuple):
-    images: Tensor  # [b 3 h w] in [−1, 1]
-    raw: Tensor  # [b 3 hr wr], before the upsampler
+    images: Images
     z: Tensor
     camera: Camera
-    ws: Tensor
+    ws: Tensor  # [b l d]
+    ready: Any  # what the generator's `prepare` made of ws
 
 
 class GANModule(pl.LightningModule):
@@ -41,7 +41,8 @@ class GANModule(pl.LightningModule):
     Args:
         generator, discriminator: see the protocols in `gan3d.gans`.
         poses: the prior from which cameras are drawn.
-        resolution, batch_size, lr_g, lr_d: a number, or a schedule {step: value}; batch_size counts all processes.
+        resolution, batch_size, lr_g, lr_d: a number, or a schedule {step: value}; batch_size counts all processes;
+            resolution may also be a `Growth`.
         fade_steps: how long a new resolution is blended into the discriminator (0: not at all).
         optimizer_g, optimizer_d: partials that take the parameters (their lr is set by the schedule).
         ema: averages of the generator, [{decay, warmup}, …]; the first is the one that is evaluated and shown.
@@ -50,6 +51,9 @@ class GANModule(pl.LightningModule):
         dual: the discriminator also sees images before the upsampler: of photographs, shrunk to that size (EG3D).
         blur: standard deviation in pixels of a Gaussian over what the discriminator sees, but for the raw images of
             fakes; while it fades, only the coarse is learnt (StyleGAN3, EG3D).
+        style_mixing: probability that a batch of fakes has the styles of two latents each, one up to some layer and
+            the other from there on (StyleGAN, sec. 3.1); for generators whose ws are `[b l d]`.
+        path_length: regulariser of the generator on a part of a batch of its own (StyleGAN2).
         top_k: keep only the best-judged fakes in the generator's loss.
         clip_grad_norm: largest norm of either network's gradient.
         splits: generate and back-propagate the batch in so many parts (same gradient, less memory).
@@ -64,7 +68,7 @@ class GANModule(pl.LightningModule):
         generator: nn.Module,
         discriminator: nn.Module,
         poses: PosePrior,
-        resolution: int | Mapping[int, int],
+        resolution: int | Mapping[int, int] | Growth,
         batch_size: int | Mapping[int, int],
         lr_g: Number | Mapping[int, Number],
         lr_d: Number | Mapping[int, Number],
@@ -80,6 +84,8 @@ class GANModule(pl.LightningModule):
         latent_weight: Number = 0.0,
         dual: bool = False,
         blur: Ramp | None = None,
+        style_mixing: Number = 0.0,
+        path_length: PathLength | None = None,
         top_k: TopK | None = None,
         clip_grad_norm: Number | None = None,
         splits: int | Mapping[int, int] = 1,
@@ -89,7 +95,8 @@ class GANModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.generator, self.discriminator, self.poses = generator, discriminator, poses
-        self.resolution, self.batch_size, self.splits = Steps(resolution), Steps(batch_size), Steps(splits)
+        self.resolution = resolution if isinstance(resolution, Growth) else Steps(resolution)
+        self.batch_size, self.splits = Steps(batch_size), Steps(splits)
         self.lr_g, self.lr_d = Steps(lr_g), Steps(lr_d)
         self.optimizer_g, self.optimizer_d = optimizer_g, optimizer_d
         self.averages = nn.ModuleList(EMA(generator, **average) for average in ema)
@@ -98,6 +105,7 @@ class GANModule(pl.LightningModule):
         self.patch, self.r1, self.top_k, self.fade_steps = patch, r1, top_k, fade_steps
         self.pose_weight, self.latent_weight = pose_weight, latent_weight
         self.dual, self.blur = dual, blur
+        self.style_mixing, self.path_length = style_mixing, path_length
         self.clip_grad_norm, self.downsample, self.seed = clip_grad_norm, downsample, seed
         self.total_steps, self.budget_minutes = total_steps, budget_minutes
         self.step, self.images_seen, self.seconds = 0, 0, 0.0
@@ -157,14 +165,14 @@ class GANModule(pl.LightningModule):
         real = self.real_images(batch.images, draws)
         with torch.no_grad():
             parts = [self.generate(part) for part in draws.split(self.splits(self.step))]
-        raw = self.shrunk(real, parts[0].raw.shape[-1]) if self.dual else None
+        raw = self.shrunk(real, parts[0].images.raw.shape[-1]) if self.dual else None
         due = self.r1.due(self.step)
         looked_at = [real] if raw is None else [real, raw]
         for image in looked_at:
             image.requires_grad_(due)
         on_real = self.judge(real, raw, batch.camera)
         penalty = self.r1(looked_at, on_real.logit) if due else real.new_zeros(())
-        fakes = [(self.judge(part.images, part.raw, part.camera), part) for part in parts]
+        fakes = [(self.judge(part.images.rgb, part.images.raw, part.camera), part) for part in parts]
         logit_fake = torch.cat([verdict.logit for verdict, _ in fakes])
         heads = torch.stack([self.head_losses(verdict, part) for verdict, part in fakes]).mean()
         loss = discriminator_loss(on_real.logit, logit_fake)
@@ -183,16 +191,21 @@ class GANModule(pl.LightningModule):
         total = torch.zeros((), device=self.device)
         for part in parts:
             fakes = self.generate(part)
-            verdict = self.judge(fakes.images, fakes.raw, fakes.camera)
+            verdict = self.judge(fakes.images.rgb, fakes.images.raw, fakes.camera)
             losses = generator_loss(verdict.logit)
             if self.top_k is not None:
                 losses = losses.topk(self.top_k.kept(len(losses), self.step), largest=False).values
-            regularizers = self.generator.regularizers(fakes.ws, self.step)
+            regularizers = self.generator.regularizers(fakes.ready, fakes.camera, fakes.images, self.step)
             loss = losses.mean() + self.head_losses(verdict, fakes)
             self.manual_backward((loss + sum(regularizers.values())) / len(parts))
             total = total + losses.mean().detach() / len(parts)
             for name, value in regularizers.items():
                 self.log(f"train/{name}", value.detach())
+        if self.path_length is not None and self.path_length.due(self.step):
+            fakes = self.generate(self.draw(batch, "path").select(slice(0, self.path_length.share(batch))))
+            penalty = self.path_length(fakes.images.rgb, fakes.ws)
+            self.manual_backward(penalty)
+            self.log("train/reg_path", penalty.detach())
         self.take_step(optimizer, self.generator)
         for average in self.averages:
             average.update(self.generator)
@@ -230,8 +243,13 @@ class GANModule(pl.LightningModule):
 
     def generate(self, draws: "Draws") -> Fakes:
         ws = self.generator.mapping(draws.z, draws.camera)
-        images = self.generator.synthesis(ws, draws.camera, self.resolution_now(), draws.patch)
-        return Fakes(images.rgb, images.raw, draws.z, draws.camera, ws)
+        if self.style_mixing and torch.rand(()) < self.style_mixing:
+            cut = int(torch.randint(1, ws.shape[1], ()))
+            other = self.generator.mapping(torch.randn_like(draws.z), draws.camera)
+            ws = torch.cat([ws[:, :cut], other[:, cut:]], dim=1)
+        ready = self.generator.prepare(ws)
+        images = self.generator.synthesis(ready, draws.camera, self.resolution_now(), draws.patch)
+        return Fakes(images, draws.z, draws.camera, ws, ready)
 
     def real_images(self, photographs: Tensor, draws: "Draws") -> Tensor:
         """uint8 photographs `[b 3 h w]` at the data's resolution → the stage's resolution or patch, in [−1, 1]."""

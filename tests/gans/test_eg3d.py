@@ -119,9 +119,10 @@ def test_every_parameter_learns_and_the_camera_may_be_swapped(camera: Camera) ->
     torch.manual_seed(0)
     model = small(swap=Ramp(1.0, 0.5, 10)).train()
     ws = model.mapping(torch.randn(2, 8), camera)
-    images = model.synthesis(ws, camera, 8)
-    assert model.regularizers(ws, 1) == {}
-    loss = images.rgb.square().mean() + sum(model.regularizers(ws, 4).values())
+    ready = model.prepare(ws)
+    images = model.synthesis(ready, camera, 8)
+    assert model.regularizers(ready, camera, images, 1) == {}
+    loss = images.rgb.square().mean() + sum(model.regularizers(ready, camera, images, 4).values())
     loss.backward()
     idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not idle

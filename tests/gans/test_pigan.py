@@ -258,4 +258,6 @@ def test_official_names_and_nameless_averages_load():
 
 def test_regularizers_are_none():
     generator = tiny()
-    assert generator.regularizers(generator.mapping(inputs()[0]), 0) == {}
+    z, camera = inputs()
+    ws = generator.mapping(z)
+    assert generator.regularizers(ws, camera, generator.synthesis(ws, camera, 8), 0) == {}

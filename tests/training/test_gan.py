@@ -7,7 +7,8 @@ import pytest
 import torch
 from toy import ToyStream, toy_module, toy_trainer
 
-from gan3d.losses import TopK
+from gan3d.losses import PathLength, TopK
+from gan3d.ramps import Growth
 from gan3d.rays import PatchSampler
 from gan3d.training.keeping import Keep
 from gan3d.training.schedule import Steps
@@ -125,6 +126,72 @@ def test_top_k_keeps_the_share_the_schedule_says():
     assert top_k.kept(10, 2000) == 10  # 9.9, rounded up
     assert top_k.kept(100, 20_000) == 91  # 0.99^10 = 0.904
     assert top_k.kept(10, 10**6) == 6
+
+
+def test_path_length_pulls_towards_its_running_mean():
+    """Pictures linear in ws: the length is that of the noise seen through the map, which the same seed repeats."""
+    torch.manual_seed(0)
+    matrix, ws = torch.randn(5, 3 * 4 * 4), torch.randn(2, 3, 5, requires_grad=True)
+    images = (ws.sum(1) @ matrix).reshape(2, 3, 4, 4)
+    regularizer = PathLength(weight=2.0, every=4, decay=0.25)
+    torch.manual_seed(1)
+    penalty = regularizer(images, ws)
+    torch.manual_seed(1)
+    noise = torch.randn(2, 3, 4, 4) / 4
+    lengths = (noise.flatten(1) @ matrix.T).norm(dim=1)  # the same for each of the three ws
+    mean = 0.25 * lengths.mean()
+    torch.testing.assert_close(regularizer.mean, mean)
+    torch.testing.assert_close(penalty, 8 * (lengths - mean).square().mean())
+    assert (regularizer.share(8), regularizer.share(1)) == (4, 1)
+
+
+def test_path_length_and_style_mixing_train_and_resume(tmp_path):
+    class Styled(torch.nn.Module):
+        """ws with an axis of layers, pictures from all of them."""
+
+        def __init__(self):
+            super().__init__()
+            self.toy = toy_module(1).generator
+            self.z_dim, self.mixed = 4, 0
+
+        def mapping(self, z, camera_condition=None, truncation_psi=1.0):
+            return (z * self.toy.colour.weight.square().mean())[:, None].expand(-1, 6, -1)
+
+        def prepare(self, ws):
+            self.mixed += int(not torch.equal(ws[:, 0], ws[:, -1]))
+            return ws
+
+        def synthesis(self, ws, camera, resolution, patch=None):
+            return self.toy.synthesis(ws.square().sum(1), camera, resolution)
+
+        def regularizers(self, ready, camera, images, step):
+            return {}
+
+        def before_step(self, step):
+            pass
+
+    def module(steps):
+        torch.manual_seed(0)
+        return toy_module(steps, generator=Styled(), style_mixing=0.7, path_length=PathLength(weight=1, every=2))
+
+    whole = module(6)
+    toy_trainer().fit(whole, ToyStream(4))
+    assert 0 < whole.generator.mixed < 15  # of 12 batches and 3 for path lengths
+    assert whole.path_length.mean > 0
+    toy_trainer(Keep(folder=tmp_path, every_minutes=1e9)).fit(module(3), ToyStream(4))
+    resumed = module(6)
+    toy_trainer().fit(resumed, ToyStream(4, start=3), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+def test_growth_doubles_the_picture_as_alpha_rises():
+    growth = Growth(first=32, last=256, begin=100, end=400)
+    assert [growth(s) for s in (0, 100, 101, 199, 200, 300, 399, 400, 10**6)] == [32, 32, 64, 64, 128, *[256] * 4]
+    assert [growth.alpha(s) for s in (50, 175, 400)] == [0, 0.25, 1]
+    assert Growth(32, 32, 0, 0)(0) == 32
+    module = toy_module(6, resolution=Growth(first=4, last=8, begin=2, end=5), fade_steps=0)
+    toy_trainer().fit(module, ToyStream(4))
+    assert (module.step, module.resolution_now(), module.fade_now()) == (6, 8, 1.0)
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):

@@ -38,7 +38,7 @@ class ToyGenerator(nn.Module):
             rgb = rgb + self.noise * torch.randn_like(rgb)
         return Images(rgb, rgb, rgb.mean(1), rgb.mean(1))
 
-    def regularizers(self, ws, step):
+    def regularizers(self, ready, camera, images, step):
         return {"reg_colour": 1e-3 * self.colour.weight.square().sum()}
 
     def before_step(self, step):
