@@ -15,13 +15,20 @@ SETTINGS = {
     "limit": "only the first so many pictures",
     "downloads": "where archives are kept (default: data/downloads)",
     "checksum": "sha256:… or md5:… that the downloaded file must have",
+    "cameras": "EG3D's dataset.json, or a folder or zip with it; or a .csv with columns name, yaw, pitch, roll",
+    "poses": "or an estimator of poses, package.module:function (built in: datasets.head_pose:estimate, for faces)",
+    "weights": "the estimator's weights",
+    "radius": "distance of cameras made from angles (default: 2.7)",
+    "fov": "their horizontal field of view in degrees (default: 13.374)",
+    "mirror": "true: also write mirrored pictures, with mirrored cameras",
     "images": "cars: how many to render (default: 2000)",
 }
 NUMBERS = ("resolution", "crop", "limit", "images")
+MEASURES = ("radius", "fov")
 
 
 def arguments() -> tuple[str, dict[str, str]]:
-    sets = "\n".join(f"  {name:8}{known.title}\n          {known.page}\n          "
+    sets = "\n".join(f"  {name:14}{known.title}\n          {known.page}\n          "
                      f"{'downloads itself; or ' if known.urls else ''}{known.by_hand}"
                      f"{f' (default resolution {known.resolution})' if known.resolution else ''}"
                      for name, known in SOURCES.items())
@@ -37,10 +44,21 @@ def arguments() -> tuple[str, dict[str, str]]:
     for key, value in pairs.items():
         if key in NUMBERS and not value.isdecimal():
             parser.error(f"{key}= needs a number, got {value!r}")
+        if key in MEASURES and not positive(value):
+            parser.error(f"{key}= needs a positive number, got {value!r}")
+        if key == "mirror" and value not in ("true", "false"):
+            parser.error(f"mirror= must be true or false, got {value!r}")
         if key not in SETTINGS:
             near = difflib.get_close_matches(key, SETTINGS, 1)
             parser.error(f"unknown setting {key!r}" + (f"; did you mean {near[0]}=?" if near else ""))
     return given.name, pairs
+
+
+def positive(value: str) -> bool:
+    try:
+        return 0 < float(value) < float("inf")
+    except ValueError:
+        return False
 
 
 def main() -> None:
@@ -56,15 +74,20 @@ def main() -> None:
         return
 
     from datasets.download import DownloadFailed
+    from datasets.posing import Views
     from datasets.prepare import prepare
 
+    path = {key: Path(settings[key]) for key in ("cameras", "weights") if key in settings}
+    measure = {key: float(settings[key]) for key in MEASURES if key in settings}
+    views = Views(cameras=path.get("cameras"), poses=settings.get("poses"), weights=path.get("weights"),
+                  radius=measure.get("radius"), fov_degrees=measure.get("fov"), mirror=settings.get("mirror") == "true")
     sources = [Path(part) for part in settings["source"].split(",")] if "source" in settings else []
     try:
         print(prepare(
             name, out=out, sources=sources,
             resolution=number.get("resolution"), crop=number.get("crop"), subset=settings.get("subset"),
             limit=number.get("limit"), downloads=Path(settings.get("downloads", "data/downloads")),
-            checksum=settings.get("checksum")))
+            checksum=settings.get("checksum"), views=views))
     except (DownloadFailed, OSError, ValueError) as error:
         raise SystemExit(f"\n{error}\n") from None
 

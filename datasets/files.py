@@ -53,9 +53,8 @@ class Zip:
 Files = Folder | Zip
 
 
-def shallowest(files: Files, filename: str) -> str | None:
-    """The member called `filename` in the fewest folders; None if there is none, or several at the same depth."""
-    found = sorted((name for name in files.sizes if name.rsplit("/", 1)[-1] == filename), key=lambda n: n.count("/"))
-    if not found or (len(found) > 1 and found[0].count("/") == found[1].count("/")):
-        return None
-    return found[0]
+def shallowest(files: Files, filename: str) -> list[str]:
+    """The members called `filename` in the fewest folders, in order: none, one, or one in each of several folders."""
+    found = sorted(name for name in files.sizes if name.rsplit("/", 1)[-1] == filename)
+    depth = min((name.count("/") for name in found), default=0)
+    return [name for name in found if name.count("/") == depth]

@@ -45,7 +45,7 @@ def missing(name: str, root: Path, problem: str) -> DatasetMissing:
         f"data set {name!r}: {problem}\n"
         f"  looked in:  {root}\n"
         f"  expected:   a folder (searched through) or a .zip of {', '.join(s[1:] for s in SUFFIXES)} images;\n"
-        f"              cameras, if any, in dataset.json (EG3D) or transforms.json (Blender) beside them\n"
+        f"              cameras, if any, in dataset.json (EG3D) or transforms.json (Blender) (docs/data.md)\n"
         f"  to make it: {command(name, root)}\n"
         f"              (python prepare.py --help tells where each set comes from)\n"
         f"  elsewhere?  data.root=/path/to/images    no data at hand?  data=cars renders its own"

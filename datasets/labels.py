@@ -1,7 +1,8 @@
-"""The cameras that come with pictures, from the four layouts in use; all leave here with OpenCV axes.
+"""The cameras that come with pictures, from the five layouts in use; all leave here with OpenCV axes.
 
 dataset.json (EG3D): 25 numbers a picture. transforms.json (Blender, instant-ngp): OpenGL axes. VoxGRAF's json: a field
-of view and OpenGL poses. `*_extrinsics.npy` (GRAF's CARLA): one OpenGL pose a picture.
+of view and OpenGL poses. rgb/, pose/ and intrinsics.txt (SRN): one OpenCV pose a picture. `*_extrinsics.npy` (GRAF's
+CARLA): one OpenGL pose a picture.
 """
 
 import io
@@ -9,6 +10,7 @@ import json
 import math
 import posixpath
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -34,19 +36,23 @@ class Labelled(NamedTuple):
 def read_labels(files: Files, crop: int | None) -> Labelled:
     """The set's pictures and cameras as its layout says; without a layout, every picture and no camera.
 
+    Several label files in as many folders are read together, each for its folder.
     A posed set has pictures of one size: where they are not square, the intrinsics follow the centre crop.
     Raises: ValueError naming the file, if a label file is damaged.
     """
     images = sorted(name for name in files.sizes if name.lower().endswith(SUFFIXES))
     for filename, parse in (("dataset.json", _dataset_json), ("transforms.json", _transforms_json),
                             ("transforms_train.json", _transforms_json)):
-        path = shallowest(files, filename)
-        if path is not None:
-            frames = parse(files, path)
-            return Labelled(images, None, Counter()) if frames is None else _match(files, images, frames, path, crop)
-    frames = _carla(files, images)
-    if frames is not None:
-        return _match(files, images, frames, f"*{EXTRINSICS}", crop)
+        paths = shallowest(files, filename)
+        if paths:
+            parts = [parse(files, path) for path in paths]
+            frames = {name: frame for part in parts if part is not None for name, frame in part.items()}
+            source = paths[0] if len(paths) == 1 else f"{len(paths)} files {filename}"
+            return _match(files, images, frames, source, crop) if frames else Labelled(images, None, Counter())
+    for look, source in ((_srn, "pose/*.txt"), (_carla, f"*{EXTRINSICS}")):
+        found = look(files, images)
+        if found is not None:
+            return _match(files, images, found, source, crop)
     return Labelled(images, None, Counter())
 
 
@@ -61,7 +67,7 @@ def _match(files: Files, images: list[str], frames: Frames, source: str, crop: i
         return Labelled([], None, +skipped)
     poses = torch.from_numpy(np.stack([frames[name][0] for name in kept])).float()
     intrinsics = torch.from_numpy(np.stack([frames[name][1] for name in kept])).float()
-    return Labelled(kept, Camera(poses, _cropped(intrinsics, *first_size(files, kept), crop)), +skipped)
+    return Labelled(kept, Camera(poses, cropped(intrinsics, *first_size(files, kept), crop)), +skipped)
 
 
 def first_size(files: Files, names: list[str]) -> tuple[int, int]:
@@ -74,7 +80,7 @@ def first_size(files: Files, names: list[str]) -> tuple[int, int]:
     return 1, 1  # nothing can be read, which the collection will say
 
 
-def _cropped(intrinsics: torch.Tensor, width: int, height: int, crop: int | None) -> torch.Tensor:
+def cropped(intrinsics: torch.Tensor, width: int, height: int, crop: int | None) -> torch.Tensor:
     """Normalised intrinsics of the centred square that `decoding.decode` cuts out."""
     left, top, side = centre_square(width, height, crop)
     if side == width == height:
@@ -85,40 +91,48 @@ def _cropped(intrinsics: torch.Tensor, width: int, height: int, crop: int | None
     return intrinsics * scale - shift
 
 
-def _json(files: Files, path: str) -> dict:
+def _object(text: bytes, where: Path) -> dict:
     try:
-        content = json.loads(files.read(path))
+        content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{files.root / path} is damaged: {error}") from error
+        raise ValueError(f"{where} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{files.root / path} must hold an object, not {type(content).__name__}")
+        raise ValueError(f"{where} must hold an object, not {type(content).__name__}")
     return content
 
 
 def _dataset_json(files: Files, path: str) -> Frames | None:
-    """EG3D's: {"labels": [[file, 25 numbers], …]}, 4×4 camera-to-world (OpenCV) then 3×3 normalised intrinsics."""
-    content = _json(files, path)
-    if "poses" in content and "fov" in content:
-        return _voxgraf_json(files, path, content)
-    if "labels" not in content:
-        raise ValueError(f"{files.root / path} has no 'labels'; expected {{\"labels\": [[file, [25 numbers]], …]}}")
-    labels = content["labels"]
-    if not labels or not any(isinstance(label, list) for _, label in labels):
-        return None  # null, or class numbers: pictures without cameras
+    frames = parse_dataset_json(files.read(path), files.root / path)
     folder = posixpath.dirname(path)
+    return frames and {posixpath.normpath(posixpath.join(folder, name)): frame for name, frame in frames.items()}
+
+
+def parse_dataset_json(text: bytes, where: Path) -> Frames | None:
+    """EG3D's: {"labels": [[file, 25 numbers], …]}, 4×4 camera-to-world (OpenCV) then 3×3 normalised intrinsics.
+
+    `where` is named in errors. None if it holds class numbers, or nothing.
+    """
+    content = _object(text, where)
+    if "poses" in content and "fov" in content:
+        return _voxgraf_json(content)
+    if "labels" not in content:
+        raise ValueError(f"{where} has no 'labels'; expected {{\"labels\": [[file, [25 numbers]], …]}}")
+    labels = content["labels"]
+    pairs = [pair for pair in (labels.items() if isinstance(labels, dict) else labels or []) if pair is not None]
+    if not any(isinstance(label, list) for _, label in pairs):
+        return None  # pictures without cameras
     frames: Frames = {}
-    for name, label in labels:
+    for name, label in pairs:
         values = np.asarray(label, dtype=np.float64)
         if values.shape != (25,) or not np.isfinite(values).all():
-            raise ValueError(f"{files.root / path}: the label of {name} must be 25 finite numbers, got {len(label)}")
-        frames[posixpath.join(folder, name)] = values[:16].reshape(4, 4), values[16:].reshape(3, 3)
+            raise ValueError(f"{where}: the label of {name} must be 25 finite numbers, got {np.size(label)}")
+        frames[name.replace("\\", "/")] = values[:16].reshape(4, 4), values[16:].reshape(3, 3)
     return frames
 
 
-def _voxgraf_json(files: Files, path: str, content: dict) -> Frames:
+def _voxgraf_json(content: dict) -> Frames:
     intrinsics = intrinsics_from_fov(float(content["fov"])).double().numpy()
-    folder = posixpath.dirname(path)
-    return {posixpath.join(folder, name): (_opencv(np.asarray(pose)), intrinsics) for name, pose in content["poses"]}
+    return {name: (_opencv(np.asarray(pose)), intrinsics) for name, pose in content["poses"]}
 
 
 def _opencv(pose: np.ndarray) -> np.ndarray:
@@ -129,7 +143,7 @@ def _opencv(pose: np.ndarray) -> np.ndarray:
 
 def _transforms_json(files: Files, path: str) -> Frames:
     """Blender's and instant-ngp's: frames with OpenGL poses; one camera_angle_x, or fl_x, fl_y, cx, cy with w, h."""
-    content = _json(files, path)
+    content = _object(files.read(path), files.root / path)
     folder = posixpath.dirname(path)
     frames: Frames = {}
     try:
@@ -151,6 +165,43 @@ def _pinhole(files: Files, name: str, camera: dict) -> np.ndarray:
     focal_y = camera["fl_y"] / height if "fl_y" in camera else focal * width / height
     centre = camera.get("cx", width / 2) / width, camera.get("cy", height / 2) / height
     return np.array([[focal, 0, centre[0]], [0, focal_y, centre[1]], [0, 0, 1]])
+
+
+def _srn(files: Files, images: list[str]) -> Frames | None:
+    """SRN's ShapeNet cars and chairs: OBJECT/rgb/000000.png, OBJECT/pose/000000.txt, OBJECT/intrinsics.txt.
+
+    A pose is a 4×4 camera-to-world with OpenCV axes; the intrinsics are "focal cx cy 0" in pixels of the size (height,
+    width) that stands in the fourth line, whatever the pictures' size is. None if there are no such poses.
+    """
+    frames: Frames = {}
+    lenses: dict[str, np.ndarray] = {}
+    for name in images:
+        folder, file = posixpath.split(name)
+        root = folder.removesuffix("rgb")
+        pose, lens = f"{root}pose/{posixpath.splitext(file)[0]}.txt", f"{root}intrinsics.txt"
+        if posixpath.basename(folder) != "rgb" or pose not in files.sizes or lens not in files.sizes:
+            continue
+        if root not in lenses:
+            lenses[root] = _srn_intrinsics(files, lens)
+        values = np.array(files.read(pose).split(), dtype=np.float64)
+        if values.shape != (16,) or not np.isfinite(values).all():
+            raise ValueError(f"{files.root / pose} must hold 16 finite numbers, a 4x4 camera-to-world")
+        frames[name] = values.reshape(4, 4), lenses[root]
+    return frames or None
+
+
+def _srn_intrinsics(files: Files, path: str) -> np.ndarray:
+    lines = files.read(path).decode().splitlines()
+    try:
+        focal, x, y = (float(number) for number in lines[0].split()[:3])
+        height, width = (float(number) for number in lines[3].split())
+    except (IndexError, ValueError) as error:
+        raise ValueError(f"{files.root / path} is none of SRN's: expected focal, cx and cy in its first line, height "
+                         "and width in its fourth") from error
+    if not (0.25 < x / width < 0.75 and 0.25 < y / height < 0.75):
+        raise ValueError(f"{files.root / path}: the centre ({x:g}, {y:g}) does not lie near the middle of {width:g} x "
+                         f"{height:g} pixels; its two sizes disagree")
+    return np.array([[focal / width, 0, x / width], [0, focal / height, y / height], [0, 0, 1]])
 
 
 def _carla(files: Files, images: list[str]) -> Frames | None:

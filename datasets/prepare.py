@@ -1,17 +1,14 @@
 """Published image sets, downloaded or given, into the project's layout: pictures, and dataset.json where posed."""
 
 import io
-import json
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,32 +16,25 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from datasets.decoding import Unreadable, centre_square, rgb
+from datasets import cameras
+from datasets.cameras import Framing, Label, label_of
+from datasets.decoding import centre_square, rgb
 from datasets.download import DownloadFailed, digest, download, published_checksum
 from datasets.files import Files
 from datasets.images import ImageCollection, open_files
-from datasets.labels import first_size, read_labels
+from datasets.labels import SUFFIXES, first_size, read_labels
+from datasets.posing import Views, must_be_square, with_labels, with_mirrored, with_poses
 from datasets.sources import SOURCES
+from datasets.writing import Entry, Job, Skipped, png, write
 
 CAT_BORDER = (128, 128, 128)  # what shows beyond the photograph's edge once it is turned
 CAT_SMALLEST = 64  # crops with a shorter side are left out
 
 
-class Entry(NamedTuple):
-    """A file to write: its name, its bytes, and its 25-number label if it has one."""
-
-    name: str
-    data: bytes
-    label: list[float] | None = None
-
-
-class Skipped(Exception):
-    """This picture is left out; the text says why."""
-
-
 def prepare(
     name: str, *, out: Path, sources: list[Path], resolution: int | None = None, crop: int | None = None,
     subset: str | None = None, limit: int | None = None, downloads: Path, checksum: str | None = None,
+    views: Views = Views(),  # noqa: B008 (a tuple, which nobody can change)
 ) -> str:
     """Make the set `name` in `out` (a folder, or a stored zip if it ends in .zip). Returns a sentence on what was made.
 
@@ -52,6 +42,7 @@ def prepare(
         sources: what the user has; empty: download it into `downloads` first.
         resolution: None: that of `sources.SOURCES`, which may say to keep the files as they are.
         checksum: of the one file to download, if the user knows it; see `download.download`.
+        views: cameras, for pictures that bring none.
     Raises: FileExistsError if `out` holds something; DatasetMissing, DownloadFailed with the manual route.
     """
     known = SOURCES[name]
@@ -61,14 +52,41 @@ def prepare(
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"source {source.absolute()} does not exist.\n  For {name}: {known.by_hand}")
+    views.check()
+    framing = Framing(views.radius or known.radius, views.fov_degrees or known.fov_degrees)
+    given = cameras.read(views.cameras, framing) if views.cameras else None  # before any download or unpacking
+    estimate = cameras.estimator(views.poses, views.weights, framing) if views.poses else None
     sources = sources or fetch(name, downloads, checksum)
     resolution, subset = resolution or known.resolution, subset or known.subset
     with _unpacked(sources, subset, out.parent) as root:
-        entries = _entries(name, root, resolution, crop, limit)
-        count, skipped = write(entries, out)
+        jobs = _jobs(name, root, resolution, crop, None if given else limit)
+        told = []
+        if given is not None:
+            size = _picture_size(name, root)
+            if resolution is None:
+                must_be_square(*size)
+            jobs, matched = with_labels(jobs, given, size, crop)
+            told = [matched, *_about_ffhq(*size)] if name == "ffhq" and given.published else [matched]
+        if estimate is not None:
+            jobs = with_poses(jobs, estimate)
+        jobs = jobs[:limit]
+        count, skipped = write(with_mirrored(jobs) if views.mirror else jobs, out)
     left_out = "".join(f"; left out: {number} {why}" for why, number in skipped.items())
-    size = "as they are" if resolution is None else f"at {resolution}x{resolution}"
-    return f"{count} pictures {size} in {out}{left_out}"
+    form = "as they are" if resolution is None else f"at {resolution}x{resolution}"
+    return "\n".join([f"{count} pictures {form} in {out}{left_out}", *told])
+
+
+def _picture_size(name: str, root: Path) -> tuple[int, int]:
+    files = open_files(name, root)
+    return first_size(files, sorted(path for path in files.sizes if path.lower().endswith(SUFFIXES)))
+
+
+def _about_ffhq(width: int, height: int) -> list[str]:
+    """What the user must know whose pictures are not the ones that EG3D's cameras were made for."""
+    return [] if (width, height) == (512, 512) else [
+        "note: EG3D's cameras of FFHQ belong to the 512x512 crops that its own preprocessing makes from the original\n"
+        f"photographs. These pictures are {width}x{height}: if they are FFHQ's own crops, the cameras fit only roughly "
+        "(docs/data.md)"]
 
 
 def fetch(name: str, downloads: Path, checksum: str | None = None) -> list[Path]:
@@ -129,59 +147,55 @@ def _unzip(path: Path, folder: Path, subset: str | None) -> None:
         raise ValueError(f"{path} is damaged or no zip file ({error})") from error
 
 
-def _entries(name: str, root: Path, resolution: int | None, crop: int | None, limit: int | None) -> list[Callable]:
-    """For every picture of the set, in order, a function that makes its entry, or raises Skipped."""
+def _jobs(name: str, root: Path, resolution: int | None, crop: int | None, limit: int | None) -> list[Job]:
+    """A job for every picture of the set, in order."""
     files = open_files(name, root)
     arrays = sorted(path for path in files.sizes if path.endswith(".npy") and not path.endswith("_extrinsics.npy"))
     cats = sorted(path for path in files.sizes if path.endswith(".cat") and path[:-4] in files.sizes)
     if name == "cats" and cats:
-        make = [lambda path=path: cat_face(files, path[:-4], resolution or 128) for path in cats]
+        jobs = [Job(_as_png(path[:-4]), partial(cat_face, files, path[:-4], resolution or 128)) for path in cats]
     elif arrays and not any(path.lower().endswith((".png", ".jpg")) for path in files.sizes):
-        make = [lambda path=path: array_picture(files, path, resolution, crop) for path in arrays]
+        jobs = [Job(_as_png(path), partial(array_picture, files, path, resolution, crop)) for path in arrays]
     elif resolution is None and crop is None:
-        return _as_they_are(name, root, files)[:limit]
+        jobs = _as_they_are(name, root, files)
     else:
         if resolution is None:
             raise ValueError("crop=… needs resolution=…, the side of the pictures to write")
         pictures = ImageCollection(root=root, name=name, resolution=resolution, crop=crop, limit=limit)
-        make = [lambda index=index: _picture(pictures, index) for index in range(len(pictures))]
-    return make[:limit]
+        jobs = [Job(_as_png(path), partial(_picture, pictures, index)) for index, path in enumerate(pictures.names)]
+    return jobs[:limit]
 
 
-def _as_they_are(name: str, root: Path, files: Files) -> list[Callable]:
+def _as_png(path: str) -> str:
+    return os.path.splitext(path)[0] + ".png"
+
+
+def _as_they_are(name: str, root: Path, files: Files) -> list[Job]:
     labelled = read_labels(files, None)
     if not labelled.images:
         ImageCollection(root=root, name=name, resolution=1)  # raises, with its reasons
-    labels = [None] * len(labelled.images) if labelled.camera is None else _labels(labelled.camera)
-    width, height = first_size(files, labelled.images)
-    if labelled.camera is not None and width != height:
-        raise ValueError("pictures with cameras that are not square need resolution=…: they are cropped, and the "
-                         "intrinsics with them")
-    return [lambda path=path, label=label: Entry(path, files.read(path), label)
+    camera = labelled.camera
+    labels = [None if camera is None else label_of(camera[index]) for index in range(len(labelled.images))]
+    if camera is not None:
+        must_be_square(*first_size(files, labelled.images))
+    return [Job(path, partial(_file, files, path, label))
             for path, label in zip(labelled.images, labels, strict=True)]
 
 
-def _labels(camera) -> list[list[float]]:
-    pairs = zip(camera.camera_to_world.flatten(-2).tolist(), camera.intrinsics.flatten(-2).tolist(), strict=True)
-    return [pose + intrinsics for pose, intrinsics in pairs]
+def _file(files: Files, path: str, label: Label | None) -> list[Entry]:
+    return [Entry(path, files.read(path), label)]
 
 
-def _png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, format="PNG", compress_level=3)
-    return file.getvalue()
-
-
-def _picture(pictures: ImageCollection, index: int) -> Entry:
+def _picture(pictures: ImageCollection, index: int) -> list[Entry]:
     shown, image = pictures.load(index)
     if shown != index:
         raise Skipped("damaged files")
     camera = pictures.camera(torch.tensor([index]))
-    name = os.path.splitext(pictures.names[index])[0] + ".png"
-    return Entry(name, _png(Image.fromarray(image.permute(1, 2, 0).numpy())), camera and _labels(camera)[0])
+    data = png(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    return [Entry(_as_png(pictures.names[index]), data, None if camera is None else label_of(camera))]
 
 
-def array_picture(files: Files, path: str, resolution: int | None, crop: int | None) -> Entry:
+def array_picture(files: Files, path: str, resolution: int | None, crop: int | None) -> list[Entry]:
     """CelebA-HQ as GRAF keeps it: `[1 3 h w]` in .npy, uint8, or float in [0, 1]."""
     try:
         values = np.load(io.BytesIO(files.read(path))).squeeze()
@@ -196,10 +210,10 @@ def array_picture(files: Files, path: str, resolution: int | None, crop: int | N
     picture = picture.crop((left, top, left + side, top + side))
     if resolution is not None:
         picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return Entry(path[: -len(".npy")] + ".png", _png(picture))
+    return [Entry(_as_png(path), png(picture))]
 
 
-def cat_face(files: Files, path: str, resolution: int) -> Entry:
+def cat_face(files: Files, path: str, resolution: int) -> list[Entry]:
     """GRAF's crop of the CAT photographs (its data/preprocess_cats.py, after Hovland): turned until the eyes are level,
     as wide as the ears' outer feet are apart, the middle of the eyes at (0.5, 0.4); cut where the photograph ends."""
     try:
@@ -223,65 +237,4 @@ def cat_face(files: Files, path: str, resolution: int) -> Entry:
     if min(box[2] - box[0], box[3] - box[1]) < CAT_SMALLEST:
         raise Skipped(f"faces under {CAT_SMALLEST} pixels")
     face = straight.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    return Entry(os.path.splitext(path)[0] + ".png", _png(face))
-
-
-def write(entries: list[Callable[[], Entry]], out: Path) -> tuple[int, dict[str, int]]:
-    """Make and write every entry, on all cores, under another name until all is there. (written, why → left out)."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    making = out.with_name(f".making-{out.name}")
-    shutil.rmtree(making, ignore_errors=True)
-    making.unlink(missing_ok=True)
-    labels: list = []
-    skipped: dict[str, int] = {}
-    written = 0
-    with _Folder(making) if out.suffix != ".zip" else _StoredZip(making) as put:
-        for entry in tqdm(_made(entries), total=len(entries), desc=f"writing {out.name}", unit="image", mininterval=1):
-            if isinstance(entry, Skipped):
-                skipped[str(entry)] = skipped.get(str(entry), 0) + 1
-                continue
-            put(entry.name, entry.data)
-            written += 1
-            if entry.label is not None:
-                labels.append([entry.name, entry.label])
-        if labels:
-            put("dataset.json", json.dumps({"labels": labels}).encode())
-    if not written:
-        shutil.rmtree(making) if making.is_dir() else making.unlink()
-        why = ", ".join(f"{number} {reason}" for reason, number in skipped.items())
-        raise ValueError(f"no picture could be made ({why or 'none found'})")
-    if out.is_dir():
-        out.rmdir()  # known to be empty
-    making.replace(out)
-    return written, skipped
-
-
-def _made(entries: Iterable[Callable[[], Entry]]) -> Iterator[Entry | Skipped]:
-    def attempt(make: Callable[[], Entry]) -> Entry | Skipped:
-        try:
-            return make()
-        except Skipped as why:
-            return why
-        except (OSError, Unreadable, zipfile.BadZipFile):
-            return Skipped("damaged files")
-
-    waiting = iter(entries)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while block := list(islice(waiting, 256)):  # bounded memory: no more than a block is held encoded
-            yield from pool.map(attempt, block)
-
-
-@contextmanager
-def _Folder(path: Path) -> Iterator[Callable[[str, bytes], object]]:
-    def put(name: str, data: bytes) -> None:
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
-
-    path.mkdir()
-    yield put
-
-
-@contextmanager
-def _StoredZip(path: Path) -> Iterator[Callable[[str, bytes], object]]:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        yield archive.writestr
+    return [Entry(_as_png(path), png(face))]

@@ -13,6 +13,7 @@ class Source:
     by_hand: what to download otherwise, and what to pass as `source`.
     subset: the part of the archive that is used, as a path in it.
     resolution: of the pictures written; None keeps the files as they are.
+    radius, fov_degrees: of the cameras that are made from head angles; EG3D's for faces and cats.
     """
 
     title: str
@@ -21,6 +22,8 @@ class Source:
     urls: tuple[str, ...] = ()
     subset: str | None = None
     resolution: int | None = None
+    radius: float = 2.7
+    fov_degrees: float = 13.374  # focal length 4.2647 picture widths
 
 
 SOURCES = {
@@ -38,6 +41,12 @@ SOURCES = {
         urls=("https://www.dropbox.com/s/vkzjokiwof5h8w6/afhq_v2.zip?dl=1",),
         subset="train/cat",
         resolution=256,
+    ),
+    "shapenet_cars": Source(
+        title="SRN's renders of ShapeNet cars with poses: 2,458 cars from 50 sides, 128² (ShapeNet's terms)",
+        page="https://github.com/vsitzmann/scene-representation-networks",
+        by_hand="download cars_train.zip from the Google Drive linked there, then source=cars_train.zip, or read it as "
+                "it is: data.root=cars_train.zip",
     ),
     "carla": Source(
         title="GRAF's CARLA cars, 10,000 renders of 18 models with poses",
@@ -70,7 +79,7 @@ SOURCES = {
     ),
     "folder": Source(
         title="pictures of your own",
-        page="datasets/images.py tells what is read",
+        page="docs/data.md tells what is read, and how pictures without cameras get them",
         by_hand="source=your folder or zip; data=folder data.root=… reads them without this step, too",
     ),
 }

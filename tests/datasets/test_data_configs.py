@@ -8,6 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 
+from gan3d.poses import FromData, Spherical, Uniform, UniformArea
 from gan3d.rays import Bounds
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
@@ -18,8 +19,9 @@ def load(path, **changes):
     return OmegaConf.merge({"data": OmegaConf.load(path)}, {"data": changes}).data
 
 
-def test_the_seven_sets_are_there():
-    assert {path.stem for path in FILES} == {"afhq", "carla", "cars", "cats", "celeba", "ffhq", "folder"}
+def test_the_eight_sets_are_there():
+    assert {path.stem for path in FILES} == {"afhq", "carla", "cars", "cats", "celeba", "ffhq", "folder",
+                                             "shapenet_cars"}
 
 
 @pytest.mark.smoke
@@ -34,6 +36,8 @@ def test_a_data_config_builds_poses_bounds_and_collection(path, tmp_path):
     assert pictures[0].shape == (3, 16, 16) and pictures.name == path.stem
     bounds, poses = (instantiate(config[key], _convert_="all") for key in ("bounds", "poses"))
     assert isinstance(bounds, Bounds)
+    if isinstance(poses, FromData):  # radius 1.3, as SRN rendered
+        poses.observe(Spherical(1.3, Uniform(0, 360), UniformArea(0, 90), 50, config.up).sample(64))
     camera = poses.sample(64, torch.Generator().manual_seed(0))
     target = torch.tensor(poses.target)
     distance = (camera.position - target).norm(dim=-1)

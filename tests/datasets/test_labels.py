@@ -2,6 +2,7 @@
 
 import json
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -76,6 +77,38 @@ def test_class_numbers_are_no_cameras(tmp_path):
     pictures(tmp_path, 1)
     (tmp_path / "dataset.json").write_text('{"labels": [["000.png", 7]]}')
     assert collection(tmp_path).cameras is None
+
+
+def test_names_of_nested_folders_come_in_every_writing(tmp_path):
+    pictures(tmp_path / "a" / "b", 3)
+    world, lens = poses(3), intrinsics_from_fov(18.0)
+    labels = {name: label(world[i], lens) for i, name in enumerate(["./a/b/000.png", "a\\b\\001.png", "a/b/002.png"])}
+    for content in (labels, [*labels.items(), None]):  # EG3D's tool writes null for a picture without a label
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": content}))
+        assert torch.equal(collection(tmp_path).cameras.camera_to_world, world)
+
+
+def test_label_files_in_several_folders_are_read_together(tmp_path):
+    world, lens = poses(4), intrinsics_from_fov(18.0)
+    for part in range(2):
+        pictures(tmp_path / str(part), 2)
+        labels = [[f"{i:03d}.png", label(world[2 * part + i], lens)] for i in range(2)]
+        (tmp_path / str(part) / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert torch.equal(collection(tmp_path).cameras.camera_to_world, world)
+    (tmp_path / "1" / "dataset.json").write_text('{"labels": [["000.png", 3]]}')  # class numbers, hence no cameras
+    with pytest.warns(UserWarning, match="2 not listed in 2 files dataset.json"):
+        assert len(collection(tmp_path)) == 2
+
+
+def test_an_uncompressed_zip_of_eg3d_keeps_its_cameras(tmp_path):
+    pictures(tmp_path / "00000", 3)
+    world = poses(3)
+    labels = [[f"00000/{i:03d}.png", label(world[i], intrinsics_from_fov(18.0))] for i in range(3)]
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_STORED) as archive:
+        for i in range(3):
+            archive.write(tmp_path / "00000" / f"{i:03d}.png", f"00000/{i:03d}.png")
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    assert torch.equal(collection(tmp_path / "set.zip").cameras.camera_to_world, world)
 
 
 def test_blender_transforms_are_opengl_and_their_names_need_no_suffix(tmp_path):
