@@ -1,64 +1,175 @@
-"""python render.py checkpoint=runs/NAME [what=[samples,depth,normals,orbit,interpolation]]: pictures of a generator."""
+"""python render.py checkpoint=runs/NAME [what=[samples,orbit,mesh,…]]: pictures, videos and solids of a generator."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gan3d import launch
 
-PARTS = ("samples", "depth", "normals", "orbit", "interpolation")
+STILLS = ("samples", "raw", "depth", "normals", "opacity")
+PARTS = (*STILLS, "orbit", "interpolation", "mixing", "truncation", "mesh", "volume")
+
+
+@dataclass
+class Job:
+    """What all parts share."""
+
+    run: launch.Run
+    cfg: Any
+    what: list[str]
+    seeds: list[int]
+    z: Any
+    frontal: Any  # the camera that the mapping network sees, whatever is drawn: a seed is one object everywhere
+    resolution: int
+    out: Path
+
+    def ws(self, z):
+        from gan3d import views
+
+        return views.map_latents(self.run.generator, z, self.frontal, self.cfg.truncation_psi)
+
+    def video(self, name: str, frames: Iterator, total: int) -> Path:
+        from tqdm import tqdm
+
+        from gan3d import pictures
+
+        shown = iter(tqdm(frames, name, total, leave=False, disable=None))
+        return pictures.write_video(self.out / f"{name}.mp4", shown, self.cfg.fps)
 
 
 def render(cfg):
     what = [cfg.what] if isinstance(cfg.what, str) else list(cfg.what)
     if cfg.checkpoint is None:
         raise launch.Stop("render.py needs a model: python render.py checkpoint=runs/NAME (see --help)")
-    if unknown := [part for part in what if part not in PARTS]:
-        raise launch.Stop(f"what={unknown}: can draw {', '.join(PARTS)}")
+    for part in what:
+        if part not in PARTS:
+            raise launch.Stop(f"what={part}: {launch.nearest(part, list(PARTS))}Can draw {', '.join(PARTS)}.")
     from gan3d import views
 
     seeds = views.parse_seeds(launch.plain(cfg)["seeds"])
     run = launch.load_run(cfg.checkpoint, cfg)
     run.generator.to(launch.device(cfg.device))
-    z = views.draw_latents(run.generator, seeds)
-    out = Path(cfg.out or run.folder / "renders")
-    resolution = cfg.resolution or run.resolution
-    for draw in (stills, videos):
-        for path in draw(run, z, resolution, cfg, what, out):
+    job = Job(run, cfg, what, seeds, views.draw_latents(run.generator, seeds), views.frontal(run.poses),
+              cfg.resolution or run.resolution, Path(cfg.out or run.folder / "renders"))
+    for draw in (stills, truncation, orbit, interpolation, mixing, solids):
+        for path in draw(job):
             print(path, flush=True)
 
 
-def stills(run, z, resolution, cfg, what, out) -> Iterator[Path]:
-    """Samples, depth and normals: the same objects through the same cameras."""
+def stills(job: Job) -> Iterator[Path]:
+    """The same objects through the same cameras; what is smaller than the picture is enlarged to it."""
     from gan3d import pictures, views
 
-    if not {"samples", "depth", "normals"} & set(what):
+    if not set(STILLS) & set(job.what):
         return
-    seen, cameras = views.samples(run.generator, run.poses, z, resolution, truncation_psi=cfg.truncation_psi,
-                                  camera_seed=cfg.camera_seed)
-    if "samples" in what:
-        yield pictures.write_png(out / "samples.png", pictures.grid(pictures.to_uint8(seen.rgb)), 512)
-    if "depth" in what:
-        yield pictures.write_png(out / "depth.png", pictures.grid(pictures.colour_depth(seen.depth, seen.opacity)), 512)
-    if "normals" in what:
-        colours = pictures.colour_normals(views.normals(seen, cameras), seen.opacity)
-        yield pictures.write_png(out / "normals.png", pictures.grid(colours), 512)
+    seen, cameras = views.samples(job.run.generator, job.run.poses, job.z, job.resolution,
+                                  truncation_psi=job.cfg.truncation_psi, camera_seed=job.cfg.camera_seed,
+                                  camera_condition=job.frontal)
+    draw = {
+        "samples": lambda: pictures.to_uint8(seen.rgb),
+        "raw": lambda: pictures.to_uint8(seen.raw),
+        "depth": lambda: pictures.colour_depth(seen.depth, seen.opacity),
+        "normals": lambda: pictures.colour_normals(views.normals(seen, cameras), seen.opacity),
+        "opacity": lambda: pictures.grey(seen.opacity),
+    }
+    for part in STILLS:
+        if part in job.what:
+            shown = pictures.fit(draw[part](), seen.rgb.shape[-2])
+            yield pictures.write_png(job.out / f"{part}.png", pictures.grid(shown), 512)
 
 
-def videos(run, z, resolution, cfg, what, out) -> Iterator[Path]:
-    """The orbit and the interpolation."""
+def truncation(job: Job) -> Iterator[Path]:
+    """Rows are seeds, columns truncations."""
     from gan3d import pictures, views
 
-    if not {"orbit", "interpolation"} & set(what):
+    if "truncation" in job.what:
+        psis = list(job.cfg.psis)
+        seen = views.truncation(job.run.generator, job.z, psis, job.frontal, job.resolution)
+        table = pictures.labelled_grid(pictures.to_uint8(seen.flatten(0, 1)), [f"psi {psi:g}" for psi in psis],
+                                       [f"seed {seed}" for seed in job.seeds])
+        yield pictures.write_png(job.out / "truncation.png", table)
+
+
+def orbit(job: Job) -> Iterator[Path]:
+    from gan3d import views
+
+    if "orbit" in job.what:
+        frames = views.orbit(job.run.generator, job.ws(job.z[: job.cfg.orbit_latents]),
+                             job.run.poses.path(job.cfg.frames), job.resolution, depth="depth" in job.what)
+        yield job.video("orbit", frames, job.cfg.frames)
+
+
+def interpolation(job: Job) -> Iterator[Path]:
+    """One object turns into the next, before a camera that stands still or goes along the orbit."""
+    from gan3d import views
+
+    if "interpolation" not in job.what:
         return
-    cameras = run.poses.path(cfg.frames)
-    if "orbit" in what:
-        ws = views.map_latents(run.generator, z[: cfg.orbit_latents], cameras[:1], cfg.truncation_psi)
-        frames = views.orbit(run.generator, ws, cameras, resolution, depth="depth" in what)
-        yield pictures.write_video(out / "orbit.mp4", frames, cfg.fps)
-    if "interpolation" in what:
-        frames = views.interpolate(run.generator, z, cfg.frames, cameras[:1], resolution, space=cfg.space,
-                                   truncation_psi=cfg.truncation_psi)
-        yield pictures.write_video(out / "interpolation.mp4", frames, cfg.fps)
+    for key, choices in (("interpolation_camera", ("fixed", "orbit")), ("space", ("z", "w"))):
+        if job.cfg[key] not in choices:
+            raise launch.Stop(f"{key}={job.cfg[key]}: it is {' or '.join(choices)}")
+    total = job.cfg.interpolation_frames * len(job.z)
+    moving = job.cfg.interpolation_camera == "orbit"
+    cameras = views.turns(job.run.poses, total, job.cfg.frames) if moving else job.frontal
+    frames = views.interpolate(job.run.generator, job.z, total, cameras, job.resolution, space=job.cfg.space,
+                               truncation_psi=job.cfg.truncation_psi, camera_condition=job.frontal)
+    yield job.video("interpolation", frames, total)
+
+
+def mixing(job: Job) -> Iterator[Path]:
+    """The table from the front, and turning. Its objects are made ready once for both."""
+    from gan3d import pictures, views
+
+    if "mixing" not in job.what:
+        return
+    keys, generator = launch.plain(job.cfg), job.run.generator
+    coarse, fine = (job.ws(views.draw_latents(generator, views.parse_seeds(keys[key])))
+                    for key in ("mixing_rows", "mixing_columns"))
+    cameras = views.join(job.frontal, job.run.poses.path(job.cfg.frames))
+    frames = views.mixing(generator, coarse, fine, job.cfg.mixing_layer, cameras, job.resolution)
+    yield pictures.write_png(job.out / "mixing.png", next(frames), 512)
+    yield job.video("mixing", frames, job.cfg.frames)
+
+
+def solids(job: Job) -> Iterator[Path]:
+    """The density grid of each seed, and the surface in it."""
+    if not {"mesh", "volume"} & set(job.what):
+        return
+    import dataclasses
+    from importlib.util import find_spec
+
+    import numpy as np
+    import torch
+
+    from gan3d import meshes, pictures, views
+
+    if "mesh" in job.what and find_spec("skimage") is None:
+        raise launch.Stop("what=mesh needs scikit-image: pip install scikit-image")
+    generator, poses, cfg = job.run.generator, job.run.poses, job.cfg
+    cameras = poses.sample(64, torch.Generator().manual_seed(job.cfg.camera_seed))
+    box = torch.tensor(launch.plain(cfg)["mesh_box"] or meshes.sampled_box(generator, cameras).tolist()).float()
+    for seed, ws in zip(job.seeds, job.ws(job.z).split(1), strict=True):
+        (ready,) = views.prepare(generator, ws)
+        grid = meshes.density_grid(generator, ready, box, cfg.mesh_resolution, cameras)
+        size = "×".join(map(str, grid.raw_density.shape))
+        print(f"seed {seed}: {size} voxels of {grid.voxel:.4g}, raw density {grid.raw_density.min():.4g} to "
+              f"{grid.raw_density.max():.4g}; {grid.unseen:.0%} are seen by no camera and count as empty", flush=True)
+        if "volume" in job.what:
+            with pictures.replacing(job.out / f"volume_{seed}.npy") as part:
+                np.save(part, grid.raw_density.numpy())
+            yield job.out / f"volume_{seed}.npy"
+            yield meshes.write_mrc(job.out / f"volume_{seed}.mrc", grid)
+        if "mesh" in job.what:
+            level = cfg.mesh_level
+            if level is None:
+                level = meshes.surface_level(generator, ready, poses.path(4), job.resolution)
+            mesh = meshes.extract(grid, level)
+            reach = float((box[1] - box[0]).max()) / 16
+            mesh = dataclasses.replace(mesh, rgb=meshes.vertex_colours(generator, ready, mesh, level, reach))
+            print(f"seed {seed}: surface at raw density {level:.4g}, {len(mesh.vertices):,} vertices, "
+                  f"{len(mesh.faces):,} faces", flush=True)
+            yield meshes.write_ply(job.out / f"mesh_{seed}.ply", mesh)
 
 
 if __name__ == "__main__":

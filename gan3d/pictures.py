@@ -4,10 +4,11 @@ A batch of pictures is uint8 `[b 3 h w]`; one finished picture or video frame is
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -78,6 +79,11 @@ def colour_normals(
     return _over_neutral((towards_viewer + 1) / 2, opacity)
 
 
+def grey(x: Float[Tensor, "*b h w"]) -> UInt8[Tensor, "*b 3 h w"]:
+    """[0, 1] → black to white: opacities."""
+    return to_uint8((2 * x - 1)[..., None, :, :].expand(*x.shape[:-2], 3, *x.shape[-2:]))
+
+
 def _over_neutral(rgb: Tensor, opacity: Tensor) -> Tensor:
     alpha = opacity.clamp(0, 1)[..., None]
     return (rgb * 255 * alpha + NEUTRAL * (1 - alpha)).round().clamp(0, 255).to(torch.uint8).movedim(-1, -3)
@@ -116,8 +122,37 @@ def grid(
     return sheet.permute(1, 2, 0).contiguous()
 
 
+def labelled_grid(
+    pictures: UInt8[Tensor, "b 3 h w"], columns: Sequence[str], rows: Sequence[str], minimum_side: int = 128
+) -> UInt8[Tensor, "height width 3"]:
+    """A table of pictures, row by row, with words above its columns and beside its rows.
+
+    Args:
+        minimum_side: smaller pictures are enlarged by a whole factor first, so that the words fit.
+    Raises: ValueError if there are not rows × columns pictures.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    if len(pictures) != len(columns) * len(rows):
+        raise ValueError(f"{len(rows)} rows of {len(columns)} columns need as many pictures, got {len(pictures)}")
+    pictures = enlarge(pictures, max(1, -(-minimum_side // min(pictures.shape[-2:]))))
+    height, width = pictures.shape[-2] + 2, pictures.shape[-1] + 2  # with the space between
+    font = ImageFont.load_default(size=max(14, height // 10))
+    left = round(max(font.getlength(word) for word in rows)) + 12
+    top = round(font.size * 1.6)
+    table = grid(pictures, len(columns))
+    sheet = Image.new("RGB", (left + table.shape[1], top + table.shape[0]), "white")
+    sheet.paste(Image.fromarray(table.cpu().numpy()), (left, top))
+    pen = ImageDraw.Draw(sheet)
+    for i, word in enumerate(columns):
+        pen.text((left + (i + 0.5) * width, top / 2), word, "black", font, "mm")
+    for i, word in enumerate(rows):
+        pen.text((left - 6, top + (i + 0.5) * height), word, "black", font, "rm")
+    return torch.from_numpy(np.array(sheet))
+
+
 @contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` once all is written: readers never see half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +170,7 @@ def write_png(path: str | Path, picture: UInt8[Tensor, "h w 3"], minimum_side: i
 
     factor = max(1, -(-minimum_side // min(picture.shape[:2])))
     picture = enlarge(picture.permute(2, 0, 1), factor).permute(1, 2, 0)
-    with _replacing(path) as part:
+    with replacing(path) as part:
         Image.fromarray(picture.cpu().numpy()).save(part)
     return Path(path)
 
@@ -153,7 +188,7 @@ def write_video(
     import imageio.v3 as iio
 
     size = None
-    with _replacing(path) as part, iio.imopen(part, "w", plugin="pyav") as video:
+    with replacing(path) as part, iio.imopen(part, "w", plugin="pyav") as video:
         for frame in frames:
             if size is None:
                 size = frame.shape
@@ -177,6 +212,6 @@ def write_gif(path: str | Path, frames: Iterable[UInt8[Tensor, "h w 3"]], fps: N
     pictures = [Image.fromarray(frame.cpu().numpy()) for frame in frames]
     if not pictures:
         raise ValueError(f"no frames to write to {path}")
-    with _replacing(path) as part:
+    with replacing(path) as part:
         pictures[0].save(part, format="GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
     return Path(path)

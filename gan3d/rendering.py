@@ -17,7 +17,8 @@ class Field(Protocol):
     """Density and features anywhere in space. Latents are bound when the field is made; a field knows no cameras.
 
     points `[*b n s 3]`, directions `[*b n 1 3]` (unit; one per ray) → raw_density `[*b n s]`, features `[*b n s c]`.
-    `raw_density` is before the activation (`activate` gives density ≥ 0), since noise is added to it while training.
+    `raw_density` is before the activation that gives density ≥ 0, since noise is added to it while training. The first
+    three features are rgb in [0, 1]; a generator whose features are something else has a `colour(ready, features)`.
     """
 
     def __call__(self, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]: ...

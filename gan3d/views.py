@@ -1,4 +1,4 @@
-"""Pictures of a generator: samples, orbits, interpolations, normals.
+"""Pictures of a generator: samples, orbits, interpolations, style mixing, truncation, normals.
 
 All is drawn without gradients, a few pictures at a time, and leaves PyTorch's global random state as it found it, so
 that looking at a model never changes its training.
@@ -49,7 +49,7 @@ def _device(generator: Any) -> torch.device:
 
 
 @contextmanager
-def _looking(generator: Any) -> Iterator[torch.device]:
+def looking(generator: Any) -> Iterator[torch.device]:
     """No gradients, and the global random state put back: some generators draw numbers even in eval mode.
 
     Their state starts from a fixed seed, so the same view is the same picture. (Not inference_mode: what a generator
@@ -65,7 +65,7 @@ def map_latents(
     generator: Any, z: Float[Tensor, "b z"], camera_condition: Camera | None = None, truncation_psi: Number = 1.0
 ) -> Tensor:
     """ws of z. One camera serves all latents."""
-    with _looking(generator) as device:
+    with looking(generator) as device:
         if camera_condition is not None:
             camera_condition = _repeat(camera_condition, len(z)).to(device)
         return generator.mapping(z.to(device), camera_condition, truncation_psi)
@@ -75,9 +75,14 @@ def _repeat(camera: Camera, n: int) -> Camera:
     return camera if len(camera.camera_to_world) == n else Camera(*(value.expand(n, -1, -1) for value in camera))
 
 
+def join(*cameras: Camera) -> Camera:
+    """Batches of cameras, one after the other."""
+    return Camera(torch.cat([c.camera_to_world for c in cameras]), torch.cat([c.intrinsics for c in cameras]))
+
+
 def prepare(generator: Any, ws: Tensor) -> list[Any]:
     """Each object ready to be seen from any camera (`Generator.prepare`), for `photograph`."""
-    with _looking(generator) as device:
+    with looking(generator) as device:
         return [generator.prepare(w[None].to(device)) for w in ws]
 
 
@@ -99,27 +104,53 @@ def photograph(generator: Any, ws: Tensor | list[Any], cameras: Camera, resoluti
         ws, batch = ws if len(ws) == n else ws * n, 1
     parts = []
     for start in range(0, n, batch):
-        with _looking(generator) as device:
+        with looking(generator) as device:
             part = ws[start:start + batch].to(device) if isinstance(ws, Tensor) else ws[start]
             seen = generator.synthesis(part, cameras[start:start + batch].to(device), resolution)  # type: ignore
         parts.append([value.float().cpu() for value in (seen.rgb, seen.raw, seen.depth, seen.opacity)])
     return Images(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
+def frontal(poses: PosePrior) -> Camera:
+    """One camera for all: the middle of the prior. Among 1000 of its cameras, the one that looks along their mean.
+
+    Where they stand all around there is no middle, and the first camera of the prior's path serves. A mapping network
+    that sees a camera is shown this one, so that an object stays itself while it turns.
+    """
+    cameras = poses.sample(1000, torch.Generator().manual_seed(0))
+    forward = cameras.camera_to_world[:, :3, 2]
+    mean = forward.mean(0)  # as long as 1 if all look the same way, ½ if from everywhere above, 0 from everywhere
+    if mean.norm() < 0.7:
+        return poses.path(1)
+    middle = int((forward @ mean).argmax())
+    return cameras[middle:middle + 1]  # type: ignore
+
+
+def turns(poses: PosePrior, frames: int, frames_per_turn: int) -> Camera:
+    """One camera a frame: the prior's path, once in about `frames_per_turn` frames, so often that it closes."""
+    often = max(1, round(frames / frames_per_turn))
+    return poses.path(frames)[torch.arange(frames) * often % frames]  # type: ignore
+
+
 def samples(
     generator: Any, poses: PosePrior, z: Float[Tensor, "b z"], resolution: int, *, truncation_psi: Number = 1.0,
-    camera_seed: int = 0
+    camera_seed: int = 0, camera_condition: Camera | None = None
 ) -> tuple[Images, Camera]:
-    """Objects z through cameras drawn from the prior, and these cameras."""
+    """Objects z through cameras drawn from the prior, and these cameras.
+
+    Args:
+        camera_condition: what the mapping network sees; None: each object its own camera, as in training.
+    """
     cameras = poses.sample(len(z), torch.Generator().manual_seed(camera_seed))
-    return photograph(generator, map_latents(generator, z, cameras, truncation_psi), cameras, resolution), cameras
+    ws = map_latents(generator, z, camera_condition or cameras, truncation_psi)
+    return photograph(generator, ws, cameras, resolution), cameras
 
 
 def orbit(
     generator: Any, ws: Tensor, cameras: Camera, resolution: int, *, depth: bool = True
 ) -> Iterator[UInt8[Tensor, "h w 3"]]:
     """Frames: the objects ws side by side, all through camera i; below them their depth, in colours that mean the
-    same in every frame."""
+    same in every frame. Each object is made ready once."""
     frames = len(cameras.camera_to_world)
     ready = prepare(generator, ws)
     if not depth:
@@ -137,20 +168,67 @@ def orbit(
         yield pictures.grid(torch.cat([rgb, pictures.fit(colours, rgb.shape[-2])]), len(ws))
 
 
+def mix(coarse: Tensor, fine: Tensor, layer: int | None = None) -> Float[Tensor, "r c l d"]:
+    """Style mixing (StyleGAN, 2019, sec. 3.1): the ws of every coarse source up to `layer`, of every fine one after it.
+
+    Args:
+        coarse, fine: ws `[r l d]` and `[c l d]`.
+        layer: how many of the l styles are coarse; None: half of them.
+    Raises: ValueError where a generator has no ws a layer, or for a layer that leaves nothing to mix.
+    """
+    if coarse.ndim != 3 or coarse.shape[1] < 2:
+        raise ValueError(f"mixing needs a style for each layer, ws [objects, layers, numbers]; this generator's ws are "
+                         f"{tuple(coarse.shape)}: it has none to exchange")
+    styles = coarse.shape[1]
+    layer = styles // 2 if layer is None else layer
+    if not 0 < layer < styles:
+        raise ValueError(f"mixing_layer must lie between 1 and {styles - 1} (of {styles} styles), got {layer}")
+    r, c = len(coarse), len(fine)
+    return torch.cat([coarse[:, None, :layer].expand(-1, c, -1, -1), fine[None, :, layer:].expand(r, -1, -1, -1)], 2)
+
+
+def mixing(
+    generator: Any, coarse: Tensor, fine: Tensor, layer: int | None, cameras: Camera, resolution: int
+) -> Iterator[UInt8[Tensor, "h w 3"]]:
+    """Frames, one a camera: a table of `mix`, beside each row its coarse source, above each column its fine one.
+
+    Each object is made ready once.
+    """
+    rows = torch.cat([coarse[:, None], mix(coarse, fine, layer)], 1).flatten(0, 1)
+    objects = prepare(generator, torch.cat([fine, rows]))
+    for i in range(len(cameras.camera_to_world)):
+        shown = pictures.to_uint8(photograph(generator, objects, cameras[i:i + 1], resolution).rgb)
+        corner = torch.full_like(shown[:1], 255)
+        yield pictures.grid(torch.cat([corner, shown]), 1 + len(fine))
+
+
+def truncation(
+    generator: Any, z: Float[Tensor, "b z"], psis: Sequence[Number], camera: Camera, resolution: int
+) -> Float[Tensor, "b p 3 h w"]:
+    """Every object at every truncation, all through one camera, which the mapping network sees too."""
+    ws = torch.stack([map_latents(generator, z, camera, psi) for psi in psis], 1)
+    return photograph(generator, ws.flatten(0, 1), camera, resolution).rgb.unflatten(0, ws.shape[:2])
+
+
 def interpolate_latents(
     keys: Float[Tensor, "k z"], frames: int, spherical: bool = True
 ) -> Float[Tensor, "frames z"]:
     """A closed walk over the keys, equal time between each two.
 
     Args:
-        spherical: along great circles, which keeps Gaussian latents as long as Gaussian latents are; else straight.
+        spherical: along great circles, which keeps Gaussian latents as long as Gaussian latents are; else along the
+            periodic cubic spline through the keys, which passes them without a kink.
     """
     place = torch.arange(frames, device=keys.device) / frames * len(keys)
+    if not spherical:
+        from scipy.interpolate import CubicSpline
+
+        closed = torch.cat([keys, keys[:1]]).double().cpu().numpy()
+        spline = CubicSpline(range(len(closed)), closed, bc_type="periodic")
+        return torch.from_numpy(spline(place.cpu().numpy())).to(keys)
     index = place.long().clamp(max=len(keys) - 1)
     t = (place - index)[:, None]
     start, end = keys[index], keys[(index + 1) % len(keys)]
-    if not spherical:
-        return torch.lerp(start, end, t)
     cosine = torch.nn.functional.cosine_similarity(start, end, dim=-1)[:, None].clamp(-1, 1)
     angle = torch.acos(cosine)
     sine = torch.sin(angle)
@@ -160,19 +238,21 @@ def interpolate_latents(
 
 def interpolate(
     generator: Any, z_keys: Float[Tensor, "k z"], frames: int, cameras: Camera, resolution: int, *,
-    space: Literal["z", "w"] = "z", truncation_psi: Number = 1.0
+    space: Literal["z", "w"] = "z", truncation_psi: Number = 1.0, camera_condition: Camera | None = None
 ) -> Iterator[UInt8[Tensor, "h w 3"]]:
     """Frames of one object turning into the next, through all keys and back to the first.
 
     Args:
         cameras: one for all frames, or one a frame.
-        space: "z" along great circles between latents, "w" straight between mapped latents.
+        space: "z" along great circles between latents, "w" along a spline through mapped latents.
+        camera_condition: what the mapping network sees in all frames; None: the first of the cameras.
     """
+    seen_by_mapping = camera_condition or cameras[:1]
     if space == "z":
         z = interpolate_latents(z_keys, frames)
-        ws = torch.cat([map_latents(generator, part, cameras[:1], truncation_psi) for part in z.split(64)])
+        ws = torch.cat([map_latents(generator, part, seen_by_mapping, truncation_psi) for part in z.split(64)])
     else:
-        keys = map_latents(generator, z_keys, cameras[:1], truncation_psi)
+        keys = map_latents(generator, z_keys, seen_by_mapping, truncation_psi)
         ws = interpolate_latents(keys.flatten(1), frames, spherical=False).unflatten(1, keys.shape[1:])
     cameras = _repeat(cameras, frames)
     for i in range(frames):
@@ -206,6 +286,6 @@ def probe_density(
     rays = camera_rays(cameras, pixels - 0.5, bounds, (1, 1))  # an image of one pixel: its centre is index 0
     t = rays.near[..., None] + (rays.far - rays.near)[..., None] * torch.rand(b, rays_each, along, generator=rng)
     places = rays.origins[..., None, :] + rays.directions[..., None, :] * t[..., None]
-    with _looking(generator) as device:
+    with looking(generator) as device:
         raw_density, _ = generator.field(ws.to(device))(places.to(device), rays.directions[..., None, :].to(device))
     return raw_density[(rays.far > rays.near).to(device)].float().flatten().cpu()

@@ -67,6 +67,26 @@ def test_grid_is_nearly_square_by_itself():
     assert pictures.grid(torch.zeros(8, 3, 8, 16, dtype=torch.uint8), pad=0).shape == (32, 32, 3)
 
 
+def test_opacity_in_grey_goes_from_black_to_white():
+    assert pictures.grey(torch.tensor([[0.0, 0.5, 1.0]]))[:, 0].tolist() == [[0, 128, 255]] * 3
+
+
+def test_a_labelled_grid_keeps_its_pictures_and_has_ink_beside_each():
+    batch = torch.full((6, 3, 64, 64), 200, dtype=torch.uint8)
+    sheet = pictures.labelled_grid(batch, ["a", "b", "c"], ["first", "second"])
+    top, left = sheet.shape[0] - 2 * 130 - 2, sheet.shape[1] - 3 * 130 - 2  # 64 is enlarged to 128
+    assert torch.equal(sheet[top:, left:], pictures.grid(pictures.enlarge(batch, 2), 3))
+    heads, sides = sheet[:top, left:], sheet[top:, :left]
+    assert all((heads[:, 130 * i:130 * (i + 1)] < 100).any() for i in range(3))
+    assert all((sides[130 * i:130 * (i + 1)] < 100).any() for i in range(2))
+    assert (sheet[:top, :left] == 255).all()
+
+
+def test_a_labelled_grid_needs_a_picture_for_every_cell():
+    with pytest.raises(ValueError, match="2 rows of 2 columns"):
+        pictures.labelled_grid(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), ["a", "b"], ["c", "d"])
+
+
 def test_fit_repeats_pixels_up_to_the_side():
     small = torch.arange(4, dtype=torch.uint8).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
     assert torch.equal(pictures.fit(small, 4), pictures.enlarge(small, 2))

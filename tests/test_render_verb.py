@@ -8,12 +8,15 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+import trimesh
 from ball import Ball, ball_poses
 from omegaconf import OmegaConf
 from PIL import Image
 
 import render
 from gan3d import launch, pictures, views
+from gan3d.gans import Images
+from gan3d.poses import Uniform
 
 ROOT = Path(render.__file__).parent
 
@@ -59,7 +62,7 @@ def test_seeds_and_resolution_are_those_asked_for(draw):
 
 
 def test_normals_and_interpolation_go_where_told(draw, tmp_path):
-    files = draw(what=["normals", "interpolation"], seeds=[0, 1], frames=6, out=str(tmp_path / "figures"))
+    files = draw(what=["normals", "interpolation"], seeds=[0, 1], interpolation_frames=3, out=str(tmp_path / "figures"))
     assert sorted(files) == ["interpolation.mp4", "normals.png"]
     assert files["normals.png"].parent.name == "figures"
     assert len(iio.imread(files["interpolation.mp4"], plugin="pyav")) == 6
@@ -78,11 +81,87 @@ def test_random_state_is_left_alone(draw):
 
 @pytest.mark.parametrize("values, words", [
     ({"checkpoint": None}, "needs a model"),
-    ({"what": ["samples", "mesh"]}, "mesh"),
+    ({"what": ["samples", "mehs"]}, "what=mehs: Did you mean mesh"),
+    ({"what": "interpolation", "interpolation_camera": "orbits"}, "fixed or orbit"),
+    ({"what": "interpolation", "space": "W"}, "space=W: it is z or w"),
 ])
 def test_what_cannot_be_drawn_is_said(draw, values, words):
     with pytest.raises(SystemExit, match=words):
         draw(**values)
+
+
+def test_smaller_parts_are_enlarged_to_the_picture(draw):
+    ball = draw.run.generator
+    whole = ball.synthesis
+
+    def upsampled(ws, camera, resolution, patch=None):
+        seen = whole(ws, camera, resolution // 2)
+        return Images(seen.rgb.repeat_interleave(2, -1).repeat_interleave(2, -2), seen.raw, seen.depth, seen.opacity)
+
+    ball.synthesis = upsampled
+    files = draw(what=["samples", "raw", "depth", "normals", "opacity"], seeds="0-3")
+    assert {Image.open(path).size for path in files.values()} == {(14 * 38, 14 * 38)}
+    assert np.array_equal(np.array(Image.open(files["raw.png"])), np.array(Image.open(files["samples.png"])))
+    opacity = np.array(Image.open(files["opacity.png"]))
+    assert opacity[14 * 10, 14 * 10, 0] == 255 and opacity[14 * 3, 14 * 3, 0] == 0  # the ball's middle, and a corner
+
+
+def test_the_truncation_table_has_a_row_a_seed_and_a_column_a_psi(draw):
+    file = draw(what="truncation", seeds=[3, 8], psis=[1.0, 0.5, 0.0])["truncation.png"]
+    width, height = Image.open(file).size
+    side = 16 * 8 + 2  # 16 pixels, enlarged to 128 at least, and the space between
+    assert 3 * side < width < 3 * side + 100 and 2 * side < height < 2 * side + 40
+
+
+def test_mixing_is_refused_where_there_are_no_styles(draw):
+    with pytest.raises(ValueError, match="none to exchange"):
+        draw(what="mixing")
+
+
+def test_mixing_writes_the_table_and_its_turn(draw):
+    draw.run.generator.mapping = lambda z, camera=None, psi=1.0: z[:, None].expand(-1, 4, -1)
+    draw.run.generator.prepare = lambda ws: ws.mean(1)
+    files = draw(what="mixing", mixing_rows="0-1", mixing_columns="5-7")
+    assert sorted(files) == ["mixing.mp4", "mixing.png"]
+    assert Image.open(files["mixing.png"]).size == (10 * (4 * 18 + 2), 10 * (3 * 18 + 2))
+    assert len(iio.imread(files["mixing.mp4"], plugin="pyav")) == 4
+
+
+def test_interpolation_may_turn_the_camera(draw, monkeypatch):
+    film, kept = {}, []
+    monkeypatch.setattr(pictures, "write_video", lambda path, frames, fps: kept.append(torch.stack(list(frames))))
+    for camera in ("fixed", "orbit"):
+        draw.run.generator.mapping = lambda z, *_: torch.zeros_like(z)  # all objects are one: only the camera moves
+        draw.run.poses.polar = Uniform(30, 90)
+        draw.run.poses.azimuth = Uniform(-60, 60)
+        draw.run.poses.target = (0.3, 0.0, 0.0)
+        draw(what="interpolation", seeds=[0, 1], interpolation_frames=2, interpolation_camera=camera)
+        film[camera] = kept.pop().float()
+    assert len(film["fixed"]) == 4 and torch.equal(film["fixed"][0], film["fixed"][1])
+    assert (film["orbit"][0] - film["orbit"][1]).abs().mean() > 5
+
+
+def test_solids_are_written_for_every_seed_and_counted(draw, capsys):
+    files = draw(what=["mesh", "volume"], seeds=[0, 4], mesh_resolution=24)
+    assert sorted(files) == ["mesh_0.ply", "mesh_4.ply", "volume_0.mrc", "volume_0.npy", "volume_4.mrc", "volume_4.npy"]
+    volume, mesh = np.load(files["volume_4.npy"]), trimesh.load(files["mesh_4.ply"])
+    assert volume.shape == (24, 24, 24)
+    assert mesh.is_watertight and 0.4 < np.linalg.norm(mesh.vertices, axis=1).max() <= 0.5  # a ball of radius 0.5
+    told = capsys.readouterr().out
+    assert f"{len(mesh.vertices):,} vertices, {len(mesh.faces):,} faces" in told and "24×24×24 voxels" in told
+
+
+def test_the_mesh_has_the_box_and_the_level_asked_for(draw):
+    box = [[-0.6, -0.6, 0.0], [0.6, 0.6, 0.6]]  # the upper half
+    file = draw(what="mesh", seeds=0, mesh_resolution=32, mesh_box=box, mesh_level=20.0)["mesh_0.ply"]
+    mesh = trimesh.load(file)
+    radius = 0.5 - 20 / 200
+    assert np.allclose(mesh.bounds, [[-radius, -radius, 0], [radius, radius, radius]], atol=1.2 / 32)  # a voxel
+
+
+def test_a_level_that_is_never_reached_names_what_there_is(draw):
+    with pytest.raises(ValueError, match="raw densities of this object go from"):
+        draw(what="mesh", seeds=0, mesh_resolution=8, mesh_level=1000.0)
 
 
 @pytest.mark.smoke

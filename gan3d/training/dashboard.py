@@ -121,7 +121,7 @@ class Dashboard(pl.Callback):
         generator, path = module.generator_ema, self.folder / "orbit.mp4"
         z = views.draw_latents(generator, range(self.seed, self.seed + self.orbit_latents))
         cameras = module.poses.path(self.orbit_frames)
-        ws = views.map_latents(generator, z, cameras[:1])
+        ws = views.map_latents(generator, z, views.frontal(module.poses))
         started = time.monotonic()
         views.photograph(generator, ws, cameras[:1], module.resolution_now())
         affordable = int(self.orbit_seconds / (time.monotonic() - started))
