@@ -27,7 +27,7 @@ def train(cfg):
     torch.manual_seed(config["seed"])
     module = instantiate(config["model"], _convert_="all")
     module.config = config
-    module.poses.observe(data.cameras)
+    module.observe(data.cameras)
 
     folder = launch.folder(composed)
     checkpoint = folder / "checkpoints" / "last.ckpt"

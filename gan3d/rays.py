@@ -121,7 +121,8 @@ def camera_rays(
     right = (x - cx - skew * down) / fx
     local = torch.stack([right, down.expand_as(right), torch.ones_like(right)], dim=-1)
     rotation = camera.camera_to_world[..., :3, :3]
-    directions = torch.nn.functional.normalize(local @ rotation.transpose(-1, -2), dim=-1)
+    with torch.autocast(local.device.type, enabled=False):  # half a pixel is beyond bfloat16
+        directions = torch.nn.functional.normalize(local @ rotation.transpose(-1, -2), dim=-1)
     origins = camera.position[..., None, :].expand_as(directions)
     return bounds.limit(origins, directions, rotation[..., :, 2])
 

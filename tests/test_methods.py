@@ -13,6 +13,7 @@ from tiny import COMMON, ONE_SIZE, SIDE, TINY
 
 from gan3d import launch
 from gan3d.cameras import Camera, intrinsics_from_fov, look_at
+from gan3d.poses import Spherical, Uniform
 from gan3d.training.keeping import Keep
 
 CONFIGS = str(Path(__file__).parent.parent / "configs")
@@ -65,11 +66,12 @@ class Photographs:
         pass
 
 
-def trainer(*callbacks):
+def trainer(*callbacks, precision="32-true"):
     import pytorch_lightning as pl
 
     return pl.Trainer(accelerator="cpu", devices=1, max_epochs=-1, logger=False, enable_checkpointing=False,
-                      enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks))
+                      enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+                      precision=precision)
 
 
 def test_every_method_has_its_line_in_tiny():
@@ -94,6 +96,19 @@ def test_a_step_reaches_every_trained_parameter(method):
     assert [n for n in idle if not (n.startswith("superresolution.") and n.endswith("noise_strength"))] == []
     unused = [n for n, p in module.discriminator.named_parameters() if p.grad is None]
     assert all(n.startswith("adapters.") for n in unused), unused  # adapters of resolutions that are not trained yet
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_takes_the_same_step_up_to_its_rounding(method):
+    """8 bits of mantissa through some twenty layers: a few percent of the losses."""
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        one = trainer(precision=precision)
+        module = tiny_module(method, 1)
+        one.fit(module, Photographs())
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+        losses[precision] = [float(one.callback_metrics[f"train/loss_{n}"]) for n in "gd"]
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.05)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,6 +157,7 @@ def test_cost_is_counted(method):
 def test_every_pair_composes_and_its_schedules_fit_the_data(method, data, scale):
     config = composed(f"model={method}", f"data={data}", f"scale={scale}", "data.root=somewhere")
     poses = instantiate(config["model"]["poses"], _convert_="all")
+    poses.observe(Spherical(2, Uniform(0, 360), Uniform(60, 90), 30).sample(5))  # what a data set would do
     assert poses.sample(3, torch.Generator().manual_seed(0)).camera_to_world.shape == (3, 4, 4)
     instantiate(config["model"]["generator"]["bounds"], _convert_="all")
     resolution = config["model"]["resolution"]

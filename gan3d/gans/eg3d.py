@@ -173,7 +173,7 @@ class EG3D(nn.Module):
     def prepare(self, ws: Float[Tensor, "b l w"]) -> Planes:
         """The planes of these identities: `synthesis` and `field` take them instead of ws, for any camera."""
         planes = self.backbone.synthesis(ws, "random" if self.training else "const")
-        return Planes(ws, planes.unflatten(1, (3, -1)))
+        return Planes(ws, planes.unflatten(1, (3, -1)).float())
 
     def field(self, ws: Tensor | Planes) -> Field:
         """raw density (softplus of it, minus 1, is the density) and colour features, the first three about rgb."""
@@ -204,7 +204,8 @@ class EG3D(nn.Module):
             return render(part) if torch.is_grad_enabled() else render_chunks(render, part, RAYS_PER_CHUNK)
 
         hits_only = self.bounds.aabb is not None
-        seen = render_hits(render_all, rays, self._background(ready.planes)) if hits_only else render_all(rays)
+        with torch.autocast(ready.planes.device.type, enabled=False):  # distances need float32
+            seen = render_hits(render_all, rays, self._background(ready.planes)) if hits_only else render_all(rays)
         features = 2 * seen.features.mT.unflatten(-1, (side, side)) - 1
         raw = features[:, :3]
         rgb = raw if self.superresolution is None else self.superresolution(features, ready.ws)
@@ -311,6 +312,8 @@ class DualDiscriminator(StyleGAN2Discriminator):
 
     So the two must agree, and views must fit their cameras. With `dual` false: the picture and the camera.
     """
+
+    needs_camera = True  # of photographs, too: data without cameras stops before any work
 
     def __init__(self, *, resolution: int, channel_base: int, channel_max: int, mapping_depth: int, group: int,
                  dual: bool = True, clamp: Number | None = None):

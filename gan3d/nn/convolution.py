@@ -33,6 +33,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     """
     if not torch.is_grad_enabled():
         return F.conv2d(x, weight, bias, stride, padding)
+    if torch.is_autocast_enabled(x.device.type):  # its casts must be seen by autograd, so not inside a function
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     layout = Layout(x.shape, weight.shape, stride, padding)
     if bias is None:
         bias = weight.new_zeros(layout.weight[0])
@@ -113,10 +116,7 @@ class Conv2d(nn.Conv2d):
     """nn.Conv2d by `convolve`: the same numbers, quick second derivatives."""
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):  # its casts must be seen by autograd, so not inside a function
-            x, weight, bias = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight, bias))
-        return convolve(x, weight, bias, self.stride[0], self.padding[0])
+        return convolve(x, self.weight, self.bias, self.stride[0], self.padding[0])
 
 
 TAPS = (1.0, 3.0, 3.0, 1.0)  # StyleGAN2's low-pass filter along each axis, before it is divided by its sum

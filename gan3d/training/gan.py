@@ -112,6 +112,15 @@ class GANModule(pl.LightningModule):
         self.config: dict[str, Any] = {}  # as composed; the verb sets it, so that a checkpoint rebuilds its generator
         self.last: dict[str, Tensor] = {}  # of the latest step, for the dashboard
 
+    def observe(self, cameras: Camera | None) -> None:
+        """Hand over the photographs' cameras, before any work. Raises: ValueError if they are needed and absent."""
+        if cameras is None and getattr(self.discriminator, "needs_camera", False):
+            raise ValueError(
+                f"{type(self.discriminator).__name__} must know the camera of every photograph, and this data set has "
+                "none. docs/data.md tells how to give it some: python prepare.py … cameras=… or poses=…; or choose a "
+                "model that needs no cameras (graf, pigan)")
+        self.poses.observe(cameras)
+
     # What Lightning asks for
 
     def configure_optimizers(self):  # type: ignore[override]
@@ -171,12 +180,13 @@ class GANModule(pl.LightningModule):
         for image in looked_at:
             image.requires_grad_(due)
         on_real = self.judge(real, raw, batch.camera)
-        penalty = self.r1(looked_at, on_real.logit) if due else real.new_zeros(())
+        with self.exactly():
+            penalty = self.r1(looked_at, on_real.logit) if due else real.new_zeros(())
         fakes = [(self.judge(part.images.rgb, part.images.raw, part.camera), part) for part in parts]
         logit_fake = torch.cat([verdict.logit for verdict, _ in fakes])
         heads = torch.stack([self.head_losses(verdict, part) for verdict, part in fakes]).mean()
         loss = discriminator_loss(on_real.logit, logit_fake)
-        self.manual_backward(loss + penalty + heads)
+        self.propagate(loss + penalty + heads)
         self.take_step(optimizer, self.discriminator)
         self.last.update(logit_real=on_real.logit.detach(), logit_fake=logit_fake.detach())
         self.log_dict({"train/loss_d": loss.detach(), "train/logit_real": on_real.logit.mean().detach(),
@@ -197,19 +207,28 @@ class GANModule(pl.LightningModule):
                 losses = losses.topk(self.top_k.kept(len(losses), self.step), largest=False).values
             regularizers = self.generator.regularizers(fakes.ready, fakes.camera, fakes.images, self.step)
             loss = losses.mean() + self.head_losses(verdict, fakes)
-            self.manual_backward((loss + sum(regularizers.values())) / len(parts))
+            self.propagate((loss + sum(regularizers.values())) / len(parts))
             total = total + losses.mean().detach() / len(parts)
             for name, value in regularizers.items():
                 self.log(f"train/{name}", value.detach())
         if self.path_length is not None and self.path_length.due(self.step):
             fakes = self.generate(self.draw(batch, "path").select(slice(0, self.path_length.share(batch))))
-            penalty = self.path_length(fakes.images.rgb, fakes.ws)
-            self.manual_backward(penalty)
+            with self.exactly():
+                penalty = self.path_length(fakes.images.rgb, fakes.ws)
+            self.propagate(penalty)
             self.log("train/reg_path", penalty.detach())
         self.take_step(optimizer, self.generator)
         for average in self.averages:
             average.update(self.generator)
         self.log("train/loss_g", total)
+
+    def exactly(self):
+        """Out of autocast, which Lightning puts around a step: a backward pass follows the types of the forward's."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def propagate(self, loss: Tensor) -> None:
+        with self.exactly():
+            self.manual_backward(loss)
 
     def take_step(self, optimizer, network: nn.Module) -> None:
         for parameter in network.parameters():
@@ -242,11 +261,12 @@ class GANModule(pl.LightningModule):
         torch.manual_seed(int.from_bytes(digest[:4], "little"))
 
     def generate(self, draws: "Draws") -> Fakes:
-        ws = self.generator.mapping(draws.z, draws.camera)
-        if self.style_mixing and torch.rand(()) < self.style_mixing:
-            cut = int(torch.randint(1, ws.shape[1], ()))
-            other = self.generator.mapping(torch.randn_like(draws.z), draws.camera)
-            ws = torch.cat([ws[:, :cut], other[:, cut:]], dim=1)
+        with self.exactly():  # ws decide everything and cost nothing
+            ws = self.generator.mapping(draws.z, draws.camera)
+            if self.style_mixing and torch.rand(()) < self.style_mixing:
+                cut = int(torch.randint(1, ws.shape[1], ()))
+                other = self.generator.mapping(torch.randn_like(draws.z), draws.camera)
+                ws = torch.cat([ws[:, :cut], other[:, cut:]], dim=1)
         ready = self.generator.prepare(ws)
         images = self.generator.synthesis(ready, draws.camera, self.resolution_now(), draws.patch)
         return Fakes(images, draws.z, draws.camera, ws, ready)
@@ -268,8 +288,9 @@ class GANModule(pl.LightningModule):
         return gaussian_blur(raw, self.blur_now())
 
     def judge(self, images: Tensor, raw: Tensor | None, camera: Camera | None) -> Verdict:
-        return self.discriminator(gaussian_blur(images, self.blur_now()), fade=self.fade_now(), camera=camera,
-                                  raw=raw if self.dual else None)
+        images = gaussian_blur(images.float(), self.blur_now())
+        return self.discriminator(images, fade=self.fade_now(), camera=camera,
+                                  raw=raw.float() if self.dual and raw is not None else None)
 
     def head_losses(self, verdict: Verdict, fakes: Fakes) -> Tensor:
         loss = verdict.logit.new_zeros(())
