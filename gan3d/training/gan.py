@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gan3d.augmentation import Augment
 from gan3d.cameras import Camera, Number
 from gan3d.gans import Images, Verdict
 from gan3d.losses import R1, PathLength, TopK, discriminator_loss, generator_loss
@@ -54,6 +55,7 @@ class GANModule(pl.LightningModule):
         style_mixing: probability that a batch of fakes has the styles of two latents each, one up to some layer and
             the other from there on (StyleGAN, sec. 3.1); for generators whose ws are `[b l d]`.
         path_length: regulariser of the generator on a part of a batch of its own (StyleGAN2).
+        augment: of everything the discriminator sees, after the blur; it follows the logits of photographs (ADA).
         top_k: keep only the best-judged fakes in the generator's loss.
         clip_grad_norm: largest norm of either network's gradient.
         splits: generate and back-propagate the batch in so many parts (same gradient, less memory).
@@ -86,6 +88,7 @@ class GANModule(pl.LightningModule):
         blur: Ramp | None = None,
         style_mixing: Number = 0.0,
         path_length: PathLength | None = None,
+        augment: Augment | None = None,
         top_k: TopK | None = None,
         clip_grad_norm: Number | None = None,
         splits: int | Mapping[int, int] = 1,
@@ -104,7 +107,7 @@ class GANModule(pl.LightningModule):
             raise ValueError("ema needs at least one average: it is the generator that is evaluated")
         self.patch, self.r1, self.top_k, self.fade_steps = patch, r1, top_k, fade_steps
         self.pose_weight, self.latent_weight = pose_weight, latent_weight
-        self.dual, self.blur = dual, blur
+        self.dual, self.blur, self.augment = dual, blur, augment
         self.style_mixing, self.path_length = style_mixing, path_length
         self.clip_grad_norm, self.downsample, self.seed = clip_grad_norm, downsample, seed
         self.total_steps, self.budget_minutes = total_steps, budget_minutes
@@ -193,6 +196,9 @@ class GANModule(pl.LightningModule):
                        "train/logit_fake": logit_fake.mean().detach()})
         if due:
             self.log("train/reg_r1", penalty.detach())
+        if self.augment is not None:
+            self.augment.observe(self.all_gather(on_real.logit.detach()).flatten(), self.step)
+            self.log("train/augment_p", self.augment.p.clone())
 
     def update_generator(self, optimizer, batch: int) -> None:
         self.discriminator.requires_grad_(False)  # its gradients are not needed, so they are not computed
@@ -289,8 +295,10 @@ class GANModule(pl.LightningModule):
 
     def judge(self, images: Tensor, raw: Tensor | None, camera: Camera | None) -> Verdict:
         images = gaussian_blur(images.float(), self.blur_now())
-        return self.discriminator(images, fade=self.fade_now(), camera=camera,
-                                  raw=raw.float() if self.dual and raw is not None else None)
+        raw = raw.float() if self.dual and raw is not None else None
+        if self.augment is not None:
+            images, raw = self.augment.pair(images, raw)
+        return self.discriminator(images, fade=self.fade_now(), camera=camera, raw=raw)
 
     def head_losses(self, verdict: Verdict, fakes: Fakes) -> Tensor:
         loss = verdict.logit.new_zeros(())

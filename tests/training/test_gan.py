@@ -7,6 +7,7 @@ import pytest
 import torch
 from toy import ToyStream, toy_module, toy_trainer
 
+from gan3d.augmentation import Augment
 from gan3d.losses import PathLength, TopK
 from gan3d.ramps import Growth
 from gan3d.rays import PatchSampler
@@ -178,6 +179,22 @@ def test_path_length_and_style_mixing_train_and_resume(tmp_path):
     toy_trainer().fit(whole, ToyStream(4))
     assert 0 < whole.generator.mixed < 15  # of 12 batches and 3 for path lengths
     assert whole.path_length.mean > 0
+    toy_trainer(Keep(folder=tmp_path, every_minutes=1e9)).fit(module(3), ToyStream(4))
+    resumed = module(6)
+    toy_trainer().fit(resumed, ToyStream(4, start=3), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+
+
+def test_augmentation_follows_the_discriminator_and_resumes(tmp_path):
+    def module(steps):
+        augment = Augment(p=0.5, p_max=1, target=0.6, speed_kimg=0.1, every=2, flip=True, rotate90=True, shift=0.1,
+                          scale=0.2, stretch=0.2, rotate=180, fractional_shift=0.1, brightness=0.2, contrast=0.5,
+                          luma_flip=True, hue=180, saturation=1)
+        return toy_module(steps, augment=augment, resolution=8)
+
+    whole = module(6)
+    toy_trainer().fit(whole, ToyStream(4))
+    assert float(whole.augment.p) in [pytest.approx(0.5 + 0.08 * moves) for moves in (-3, -1, 1, 3)]  # 8 of 100 a move
     toy_trainer(Keep(folder=tmp_path, every_minutes=1e9)).fit(module(3), ToyStream(4))
     resumed = module(6)
     toy_trainer().fit(resumed, ToyStream(4, start=3), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
