@@ -9,7 +9,7 @@ def evaluate(cfg):
     from gan3d.training.evaluation import sampler
     from metrics.results import Recorder
 
-    run = launch.load_run(cfg.checkpoint, cfg)
+    run = launch.load_run(cfg.checkpoint, cfg, with_data=True)
     run.generator.to(launch.device(cfg.device))
     data = instantiate(run.config["data"]["dataset"], _convert_="all")
     if hasattr(run.poses, "cameras") and run.poses.cameras is None:

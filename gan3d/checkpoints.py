@@ -7,23 +7,24 @@ tensors arrive on the CPU. Our own checkpoints are Lightning's: `torch.load(path
 
 import importlib.util
 import pickletools
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gan3d.rebuild import CALLS, CheckpointError, Name, Record, Storage, is_count, storage_dtype
+from gan3d.pickled import module_state
+from gan3d.rebuild import CALLS, MAX_NAME, CheckpointError, Name, Record, Storage, is_count, storage_dtype
 from gan3d.unpickle import unpickle
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch.save's older stream
 MAX_INFLATION = 20  # a zip may unpack to so many times its size; weights hardly shrink at all
-MAX_MODULES = 10_000
 PARTS = {  # what the authors call the part that we name on the left
     "generator": ("generator", "G"),
     "generator_ema": ("generator_test", "ema", "G_ema"),
@@ -80,12 +81,25 @@ def is_ours(path: str | Path) -> bool:
     return {"state_dict", "pytorch-lightning_version"} <= words
 
 
+class Official(NamedTuple):
+    """An authors' checkpoint, in our terms."""
+
+    weights: dict[str, dict[str, Tensor]]  # state dicts: "generator", "generator_ema", "discriminator"
+    numbers: dict[str, Any]  # values of our config that the file states (NVIDIA's pickles do); empty: it states none
+    dataset: str  # the name of the folder or zip that it was trained on; empty: it does not say
+
+
 def load_official(path: str | Path, method: str) -> dict[str, dict[str, Tensor]]:
-    """State dicts for our networks, out of the authors' checkpoint of `method` ("graf", "pigan" …).
+    """The weights that `read_official` finds."""
+    return read_official(path, method).weights
+
+
+def read_official(path: str | Path, method: str, parts: Collection[str] = tuple(PARTS)) -> Official:
+    """Weights for our networks, and what else is stated, out of the authors' checkpoint of `method` ("graf", "eg3d" …).
 
     Args:
         path: the file; or, where the authors give several, the folder or zip with `generator.pth`, `ema.pth` ….
-    Returns: those of "generator", "generator_ema" and "discriminator" that the checkpoint has and the method reads.
+        parts: the networks to read. Those are missing that the checkpoint lacks or the method does not read.
     Raises: CheckpointError as `read_tensors`, or if there is no generator, or it is not of this method; ValueError if
         there is no such method, or it reads no official weights.
     """
@@ -93,14 +107,16 @@ def load_official(path: str | Path, method: str) -> dict[str, dict[str, Tensor]]
     module = method_module(method)
     with about(path):
         official = read_parts(path)
-        found = {ours: official[theirs] for ours, names in PARTS.items() for theirs in names if theirs in official}
+        found = {ours: official[theirs] for ours, names in PARTS.items() for theirs in names
+                 if ours in parts and theirs in official}
         if not {"generator", "generator_ema"} & found.keys():
             known = ", ".join(str(key)[:40] for key in list(official)[:8]) or "nothing"
             raise CheckpointError(f"it has no generator (it has {known}); is this the authors' file of {method}?")
         if not hasattr(module, "official_discriminator"):
             found.pop("discriminator", None)
         try:
-            return {part: convert(module, part, value) for part, value in found.items()}
+            weights = {part: convert(module, part, value) for part, value in found.items()}
+            return Official(weights, stated_numbers(module, found), stated_dataset(official))
         except CheckpointError:
             raise
         except (KeyError, ValueError) as error:
@@ -125,21 +141,30 @@ def convert(method: ModuleType, part: str, value: Any) -> dict[str, Tensor]:
     return method.official_discriminator(state) if part == "discriminator" else method.official_generator(state)
 
 
-def module_state(module: Record) -> dict[str, Tensor]:
-    """`module.state_dict()` of a pickled nn.Module, from its own dictionaries, in the same order."""
-    state: dict[str, Tensor] = {}
-    todo, visits = [("", module)], 0
-    while todo:
-        prefix, record = todo.pop()
-        visits += 1
-        if visits > MAX_MODULES or not isinstance(record.state, dict) or "_modules" not in record.state:
-            raise CheckpointError(f"{record!r} at '{prefix[:80]}' is no network; the file is damaged")
-        tensors = {**record.state["_parameters"], **record.state["_buffers"]}
-        passing = record.state.get("_non_persistent_buffers_set", ())
-        state |= {prefix + k: v for k, v in tensors.items() if isinstance(v, Tensor) and k not in passing}
-        inner = [(f"{prefix}{k}.", child) for k, child in record.state["_modules"].items() if child is not None]
-        todo += reversed(inner)
-    return state
+def stated_numbers(method: ModuleType, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What pickled networks say of themselves, for our config. A method's file has the functions that read it:
+
+    `official_numbers(generator)` and `official_discriminator_numbers(discriminator)` take a `Record` and return a
+    nested dict with the keys of the whole config: {"data": …, "model": {"generator": …}}.
+    """
+    generator, discriminator = found.get("generator_ema", found.get("generator")), found.get("discriminator")
+    numbers: dict[str, Any] = {}
+    for function, network in (("official_numbers", generator), ("official_discriminator_numbers", discriminator)):
+        if isinstance(network, Record) and hasattr(method, function):
+            numbers = merged(numbers, getattr(method, function)(network))
+    return numbers
+
+
+def merged(under: dict, over: dict) -> dict:
+    both = {key: merged(under[key], value) for key, value in over.items()
+            if isinstance(value, dict) and isinstance(under.get(key), dict)}
+    return {**under, **over, **both}
+
+
+def stated_dataset(official: Mapping[str, Any]) -> str:
+    settings = official.get("training_set_kwargs")
+    path = settings.get("path") if isinstance(settings, dict) else None
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1][:MAX_NAME] if isinstance(path, str) else ""
 
 
 def read_parts(path: Path) -> dict[str, Any]:

@@ -249,11 +249,13 @@ class Run:
     name: str
 
 
-def load_run(checkpoint: str | Path, cfg: Any = None) -> Run:
+def load_run(checkpoint: str | Path, cfg: Any = None, with_data: bool = False) -> Run:
     """A run's folder, one of its checkpoints, or an official weight file.
 
     `cfg` is the verb's composed config. Of our own runs it changes only what the command line names under `data` and
-    `model`; for official weights, which carry no config, it is the configuration.
+    `model`; for official weights it is the configuration, but for the numbers that a file states itself.
+    `with_data`: the caller has the photographs, whose cameras it hands to poses that wait for them. Otherwise the
+    poses of the data's config stand in for such poses where a file brings no cameras.
     """
     import torch
     from hydra.utils import instantiate
@@ -264,51 +266,129 @@ def load_run(checkpoint: str | Path, cfg: Any = None) -> Run:
     if path.is_dir() and (path / "checkpoints" / "last.ckpt").exists():
         path = path / "checkpoints" / "last.ckpt"
     if not path.exists():
-        raise Stop(f"checkpoint={checkpoint}: no such file or run. Runs lie in runs/, one folder each.")
+        raise Stop(f"checkpoint={checkpoint}: no such file or run. Runs lie in runs/, one folder each.{published(cfg)}")
     if checkpoints.is_ours(path):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = with_changes(saved["config"], cfg)
         prefix = "averages.0.average."
         state = {k[len(prefix):]: v for k, v in saved["state_dict"].items() if k.startswith(prefix)}
-        progress, cameras, folder = saved["progress"], saved["cameras"], path.parent.parent
+        progress, cameras, folder, stated = saved["progress"], saved["cameras"], path.parent.parent, False
     else:
-        config = official_config(path, cfg)
-        weights = checkpoints.load_official(path, config["choices"]["model"])
-        state = weights.get("generator_ema") or weights["generator"]
-        if "generator_ema" not in weights:
+        official = checkpoints.read_official(path, official_method(path, cfg), ("generator", "generator_ema"))
+        config = official_config(path, cfg, official.numbers, official.dataset)
+        state = official.weights.get("generator_ema") or official.weights["generator"]
+        if "generator_ema" not in official.weights:
             print(f"{path} has no averaged weights, only those of the last step. Where the authors give several files, "
                   f"name their folder.", file=sys.stderr)
         folder = Path(config["runs"]) / f"{path.resolve().stem}-official-{fingerprint(state)}"
         progress, cameras = {"step": 0, "seconds": 0.0}, None
+        stated = bool(official.numbers)
+        if stated:  # the sizes are compared with the tensors before memory is asked for
+            with torch.device("meta"):
+                fill(instantiate(config["model"]["generator"], _convert_="all"), state, path, config, stated)
     generator = instantiate(config["model"]["generator"], _convert_="all")
-    try:
-        generator.load_state_dict(state)
-    except RuntimeError as error:
-        misfits = "\n".join(str(error).splitlines()[1:4])
-        choices = config["choices"]
-        raise Stop(f"{path} does not fit model={choices['model']} at scale={choices['scale']} (the authors' weights "
-                   f"need scale=paper, and as model.key=value whatever else they chose):\n{misfits}") from None
+    fill(generator, state, path, config, stated)
     generator.before_step(progress["step"])
     poses = instantiate(config["model"]["poses"], _convert_="all")
     if cameras is not None:
         from gan3d.cameras import Camera
 
         poses.observe(Camera(*cameras))
+    elif not with_data and getattr(poses, "cameras", poses) is None:
+        poses = instantiate(config["data"]["poses"], _convert_="all")
+        if getattr(poses, "cameras", poses) is None:
+            raise Stop(f"{path} brings no cameras, and those of data={config['choices']['data']} are its photographs'. "
+                       "Say where cameras stand, for instance '++data.poses={_target_: gan3d.poses.Spherical, radius: "
+                       "1.3, azimuth: {_target_: gan3d.poses.Uniform, _args_: [0, 360]}, polar: {_target_: "
+                       "gan3d.poses.UniformArea, _args_: [10, 80]}, fov_degrees: 52, up: z}'")
     choices = config["choices"]
     return Run(generator.eval().requires_grad_(False), poses, config, config["data"]["resolution"], progress["step"],
                progress["seconds"], folder, f"{choices['model']}_{choices['data']}")
 
 
-def official_config(path: Path, cfg: Any) -> dict[str, Any]:
-    """The composed config, if the command line names the method and the data: an official file carries no camera."""
+def fill(generator: Any, state: Mapping[str, Any], path: Path, config: Mapping[str, Any], stated: bool) -> None:
+    """`state` into the generator. One without memory (device meta) only has its names and sizes compared.
+
+    `stated`: the file itself says the generator's numbers.
+    """
+    import warnings
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*meta parameter.*")
+            generator.load_state_dict(state)
+    except RuntimeError as error:
+        misfits = "\n".join(str(error).splitlines()[1:4])
+        choices = config["choices"]
+        need = "state their own numbers; which of them does the command line change?" if stated else (
+            "need scale=paper, and as model.key=value whatever else they chose")
+        raise Stop(f"{path} does not fit model={choices['model']} at scale={choices['scale']} (the authors' weights "
+                   f"{need}):\n{misfits}") from None
+
+
+def published(cfg: Any) -> str:
+    """Where the authors' weights of the chosen method are to be had, as words for the end of an error."""
+    import importlib
+
+    model = None if cfg is None else cfg.choices.model
+    files = getattr(importlib.import_module(f"gan3d.gans.{model}"), "PUBLISHED", None) if model else None
+    return "" if files is None else (f"\nThe authors of {model} publish {files}: download the file, put it anywhere, "
+                                     "and give its path: checkpoint=/path/to/file.pkl")
+
+
+def official_method(path: Path, cfg: Any) -> str:
+    """The method that the command line names: an official file may not be taken for another method's."""
+    missing = [group for group in ("model", "data") if not any(o.startswith(f"{group}=") for o in overrides())]
+    if cfg is None or "model" in missing:
+        raise Stop(f"{path} is not one of our runs: say {' and '.join(f'{group}=…' for group in missing)} too, for "
+                   f"instance model=graf data=carla. (Of pickles in NVIDIA's format, model=eg3d may be enough.)")
+    return cfg.choices.model
+
+
+def official_config(path: Path, cfg: Any, numbers: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    """The composed config with the numbers that an official file states; what the command line says is above both.
+
+    No official file says how its cameras are distributed: that is the data's business. Without data=… on the command
+    line, the name of the file's training set decides, if it speaks of one of ours whose cameras this method knows.
+    """
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    given = overrides()
+    if not any(o.startswith("data=") for o in given):
+        data = known_data(dataset, cfg.choices.model)
+        if data is None:
+            trained = f"its training set {dataset!r} is none of ours" if dataset else "it names no training set"
+            raise Stop(f"{path} says nothing about cameras, and {trained}: say data=… too. {cfg.choices.model} has "
+                       f"cameras for {', '.join(data_sets(cfg.choices.model))}.")
+        print(f"data={data}: {path} was trained on {dataset!r}", file=sys.stderr)
+        cfg = compose(HydraConfig.get().job.config_name, [*given, f"data={data}"])
+        cfg.choices.data = data
+    config = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)), numbers)
+    for key in (o.split("=")[0].lstrip("+") for o in given if numbers):
+        if key.startswith(("data.", "model.")):
+            OmegaConf.update(config, key, OmegaConf.select(cfg, key), force_add=True)
+    return plain(config)
+
+
+def data_sets(model: str) -> list[str]:
+    """Those for whose cameras the method has an experiment; not the embedded one, and no folder of anything."""
+    names = [path.stem.removeprefix(f"{model}_") for path in (CONFIGS / "experiment").glob(f"{model}_*.yaml")]
+    return sorted(name for name in names if name not in (EMBEDDED, "folder"))
+
+
+def known_data(dataset: str, model: str) -> str | None:
+    """The one of these data sets that a training set's name speaks of."""
+    found = [name for name in data_sets(model) if name in dataset.lower()]
+    return found[0] if len(found) == 1 else None
+
+
+def overrides() -> list[str]:
+    """What the command line says, as Hydra's overrides."""
     from hydra.core.hydra_config import HydraConfig
 
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    missing = [group for group in ("model", "data") if not any(o.startswith(f"{group}=") for o in given)]
-    if cfg is None or missing:
-        raise Stop(f"{path} is not one of our runs, and the authors' weights carry no configuration: "
-                   f"say {' and '.join(f'{group}=…' for group in missing)} too, for instance model=graf data=carla.")
-    return plain(cfg)
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def fingerprint(state: Mapping[str, Any]) -> str:
@@ -321,12 +401,11 @@ def fingerprint(state: Mapping[str, Any]) -> str:
 
 def with_changes(config: dict[str, Any], cfg: Any) -> dict[str, Any]:
     """A saved config with what this command line says about `data` and `model` on top."""
-    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
-    if cfg is None or not HydraConfig.initialized():
+    given = overrides()
+    if cfg is None or not given:
         return config
-    given = HydraConfig.get().overrides.task
     if any(o.startswith("data=") for o in given):
         config = {**config, "data": plain(cfg)["data"], "choices": {**config["choices"], "data": cfg.choices.data}}
     dotted = [o for o in given if o.startswith(("data.", "model."))]

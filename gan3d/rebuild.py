@@ -142,9 +142,10 @@ def text(value: Any, *more: Any) -> str:
 
 
 def persistent_object(meta: Any) -> Record:
-    """NVIDIA's pickles carry the source code of their classes; it is not looked at."""
-    entries = meta.entries if isinstance(meta, Record) else meta
-    return Record(text(entries["class_name"]), (), entries["state"])
+    """NVIDIA's pickles carry the source code of their classes; it is neither looked at nor kept."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
+        raise CheckpointError("it holds an object of NVIDIA's without class or state; the file is damaged")
+    return Record(text(meta.get("class_name")), (), meta["state"])
 
 
 def rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> Tensor:
@@ -173,6 +174,7 @@ CALLS: dict[str, Callable] = {
     "torch.serialization._get_layout": text,
     "numpy.dtype": lambda *args: Record("numpy.dtype", args),
     "torch_utils.persistence._reconstruct_persistent_obj": persistent_object,
+    "dnnlib.util.EasyDict": lambda items=(): pairs(items),
 }
 for core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     CALLS[f"{core}.multiarray._reconstruct"] = lambda kind, shape, code: np.empty(0, np.uint8)  # `fill_array` follows

@@ -174,3 +174,5 @@ def test_an_official_file_without_model_and_data_asks_for_them(tmp_path, monkeyp
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     with pytest.raises(launch.Stop, match="say model=… and data=… too"):
         launch.load_run(file)
+    with pytest.raises(launch.Stop, match="no such file or run. Runs lie in runs/, one folder each.\n$"):
+        launch.load_run(tmp_path / "missing.pt")

@@ -7,14 +7,14 @@ the second); the points of the density's regulariser fill the box, whatever its 
 """
 
 from collections.abc import Mapping as MappingType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gan3d import ops
+from gan3d import ops, pickled
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
@@ -22,6 +22,7 @@ from gan3d.nn.discriminators import Verdict
 from gan3d.nn.stylegan2 import FullyConnected, Mapping, Noise, StyleGAN2Discriminator, Synthesis, SynthesisBlock
 from gan3d.ramps import Ramp
 from gan3d.rays import Bounds, Patch, Rays, camera_rays, full_grid
+from gan3d.rebuild import CheckpointError, Record
 from gan3d.rendering import Field, query, render_chunks, render_hits
 from gan3d.sampling import even_quantiles, merge, sample_pdf
 from gan3d.volume import Rendering
@@ -49,13 +50,15 @@ class Decoder(nn.Module):
     Two layers with softplus between; colours are sigmoids widened by 0.001, as in mip-NeRF.
     """
 
-    def __init__(self, inputs: int, width: int, outputs: int):
+    def __init__(self, inputs: int, width: int, outputs: int, lr_multiplier: Number = 1):
         super().__init__()
         self.widths = (inputs, width, 1 + outputs)
-        self.net = nn.Sequential(FullyConnected(inputs, width), nn.Softplus(), FullyConnected(width, 1 + outputs))
+        first = FullyConnected(inputs, width, lr_multiplier=lr_multiplier)
+        self.net = nn.Sequential(first, nn.Softplus(), FullyConnected(width, 1 + outputs, lr_multiplier=lr_multiplier))
 
     def forward(self, x: Float[Tensor, "*b i"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b c"]]:
-        parts = [part for i in (0, 2) for part in (self.net[i].weight * self.net[i].weight_gain, self.net[i].bias)]
+        layers = (self.net[0], self.net[2])
+        parts = [p for layer in layers for p in (layer.weight * layer.weight_gain, layer.bias * layer.bias_gain)]
         parameters = torch.cat([part.flatten() for part in parts])
         y = ops.tiny_mlp(x, parameters, self.widths, bias=True, activation="softplus")  # what self.net computes
         return y[..., 0], torch.sigmoid(y[..., 1:]) * 1.002 - 0.001
@@ -69,27 +72,29 @@ class SuperResolution(nn.Module):
         channels: feature maps of the two blocks.
         first_up: both blocks double the size (the release's 8X models); otherwise the second alone.
         clamp: of the convolutions (256: the release, also where it computes in float32).
+        noise: "random" is random in training only, "const" otherwise.
     """
 
     def __init__(self, *, input_channels: int, input_resolution: int, w_dim: int, channels: tuple[int, int] | list[int],
-                 first_up: bool, clamp: Number | None):
+                 first_up: bool, clamp: Number | None, noise: Noise = "none"):
         super().__init__()
-        self.input_resolution, self.first_up = input_resolution, first_up
+        self.input_resolution, self.first_up, self.noise = input_resolution, first_up, noise
         first = input_resolution * (2 if first_up else 1)
         self.resolution = 2 * first
         common = {"w_dim": w_dim, "image_channels": 3, "clamp": clamp}
         self.block0 = SynthesisBlock(input_channels, channels[0], resolution=first, up=first_up, **common)
         self.block1 = SynthesisBlock(channels[0], channels[1], resolution=self.resolution, **common)
 
-    def forward(self, features: Float[Tensor, "b c h w"], ws: Float[Tensor, "b l d"], noise: Noise = "none"
-                ) -> Float[Tensor, "b 3 r r"]:
-        """Every layer gets the last w."""
+    def forward(self, features: Float[Tensor, "b c h w"], ws: Float[Tensor, "b l d"]
+                ) -> tuple[Float[Tensor, "b 3 r r"], Float[Tensor, "b 3 q q"]]:
+        """The picture, and what it was after the first block. Every layer gets the last w."""
         if features.shape[-1] != self.input_resolution:
             size = (self.input_resolution, self.input_resolution)
             features = F.interpolate(features, size=size, mode="bilinear", align_corners=False, antialias=True)
         w = ws[:, -1:].expand(-1, 3, -1)
-        x, rgb = self.block0(features, features[:, :3], w, noise)
-        return self.block1(x, rgb, w, noise)[1]
+        noise: Noise = "const" if self.noise == "random" and not self.training else self.noise
+        x, first = self.block0(features, features[:, :3], w, noise)
+        return self.block1(x, first, w, noise)[1], first
 
 
 class EG3D(nn.Module):
@@ -105,12 +110,17 @@ class EG3D(nn.Module):
         samples_per_ray, fine_samples: coarse and importance samples; both are composited.
         render_resolution: side of the volume-rendered image that goes into the super-resolution; rounded as it ramps.
         superresolution: a `SuperResolution`, or None: the rendered image is the picture (of any side).
+        raw_with_torgb: as released, the raw image includes the rgb of the super-resolution's first block where that
+            block works in place: nothing is resized before it, nor doubled in it. The released weights were trained so.
         camera_conditioning: the mapping network sees a camera; otherwise zeros in its place.
+        condition_scale: what that camera is multiplied by.
         swap: in training, the probability that the mapping sees another camera of the batch than the one rendered.
             Sec. 3.5.
         density_weight, density_every, density_points, density_distance: the density is asked to be alike at points so
             far apart (standard deviation, in units of half the box), every so many steps. Released code.
         truncation_cutoff: truncation moves so many ws, all if None.
+        clamp: of the backbone's convolutions (256 where the release computes some of them in half precision).
+        decoder_lr_multiplier: of the decoder's learning rate.
     """
 
     def __init__(
@@ -138,24 +148,29 @@ class EG3D(nn.Module):
         density_distance: Number,
         plane_axes: str = "mended",
         truncation_cutoff: int | None = None,
+        raw_with_torgb: bool = False,
+        condition_scale: Number = 1,
+        clamp: Number | None = None,
+        decoder_lr_multiplier: Number = 1,
     ):
         super().__init__()
         if plane_axes not in AXES:
             raise ValueError(f"plane_axes must be one of {list(AXES)}, got {plane_axes!r}")
         self.bounds, self.box, self.z_dim, self.axes = bounds, box, z_dim, AXES[plane_axes]
         self.samples_per_ray, self.fine_samples = samples_per_ray, fine_samples
-        self.camera_conditioning, self.truncation_cutoff = camera_conditioning, truncation_cutoff
+        self.camera_conditioning, self.condition_scale = camera_conditioning, condition_scale
+        self.truncation_cutoff, self.raw_with_torgb = truncation_cutoff, raw_with_torgb
         self.swap_schedule, self.resolution_schedule = swap, render_resolution
         self.register_buffer("progress", torch.zeros((), dtype=torch.long))  # steps trained: what the schedules hang on
         self.density_weight, self.density_every = density_weight, density_every
         self.density_points, self.density_distance = density_points, density_distance
         self.backbone = nn.Module()  # the release's names: backbone.mapping, backbone.synthesis
         self.backbone.synthesis = Synthesis(w_dim=w_dim, resolution=plane_resolution, image_channels=3 * plane_channels,
-                                            channel_base=channel_base, channel_max=channel_max)
+                                            channel_base=channel_base, channel_max=channel_max, clamp=clamp)
         self.backbone.mapping = Mapping(z_dim=z_dim, c_dim=CONDITION_DIM, w_dim=w_dim, depth=mapping_depth,
                                         num_ws=self.backbone.synthesis.num_ws)
         features = 3 if superresolution is None else superresolution.block0.conv0.weight.shape[1]
-        self.decoder = Decoder(plane_channels, decoder_width, features)
+        self.decoder = Decoder(plane_channels, decoder_width, features, decoder_lr_multiplier)
         self.superresolution = superresolution
 
     def mapping(self, z: Float[Tensor, "b z"], camera_condition: Camera | None = None, truncation_psi: Number = 1.0
@@ -164,7 +179,7 @@ class EG3D(nn.Module):
         if camera_condition is None or not self.camera_conditioning:
             c = z.new_zeros(len(z), CONDITION_DIM)
         else:
-            c = condition(camera_condition).to(z).expand(len(z), -1)
+            c = (condition(camera_condition) * self.condition_scale).to(z).expand(len(z), -1)
             if self.training:
                 swapped = torch.rand(len(z), 1, device=z.device) < self.swap_schedule(int(self.progress))
                 c = torch.where(swapped, c.roll(1, 0), c)
@@ -207,8 +222,12 @@ class EG3D(nn.Module):
         with torch.autocast(ready.planes.device.type, enabled=False):  # distances need float32
             seen = render_hits(render_all, rays, self._background(ready.planes)) if hits_only else render_all(rays)
         features = 2 * seen.features.mT.unflatten(-1, (side, side)) - 1
-        raw = features[:, :3]
-        rgb = raw if self.superresolution is None else self.superresolution(features, ready.ws)
+        rgb = raw = features[:, :3]
+        upsampler = self.superresolution
+        if upsampler is not None:
+            rgb, first = upsampler(features, ready.ws)
+            in_place = side == upsampler.input_resolution and not upsampler.first_up
+            raw = first if self.raw_with_torgb and in_place else raw
         return Images(rgb, raw, seen.depth.unflatten(-1, (side, side)), seen.opacity.unflatten(-1, (side, side)))
 
     def render(self, field: Field, rays: Rays) -> Rendering:
@@ -336,6 +355,14 @@ class DualDiscriminator(StyleGAN2Discriminator):
         return Verdict(super().forward(images, condition(camera).to(images)))
 
 
+# The release's pickles
+
+PUBLISHED = ("ffhq512-64.pkl, ffhq512-128.pkl, ffhqrebalanced512-64.pkl, ffhqrebalanced512-128.pkl, "
+             "afhqcats512-128.pkl, shapenetcars128-64.pkl at https://catalog.ngc.nvidia.com/orgs/nvidia/teams/research/models/eg3d")
+FAR = 1e6  # beyond anything: where the box alone limits the rays
+MOST_SAMPLES, MOST_PIXELS, MOST_BATCH = 1024, 1024, 1024  # what a file may ask for
+
+
 def official_discriminator(tensors: MappingType[str, Tensor]) -> dict[str, Tensor]:
     """The release's tensors have our names; its constant filters are not kept."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("resample_filter")}
@@ -343,5 +370,117 @@ def official_discriminator(tensors: MappingType[str, Tensor]) -> dict[str, Tenso
 
 def official_generator(tensors: MappingType[str, Tensor]) -> dict[str, Tensor]:
     """The release's tensors have our names; its constant filters and the labels' spread are not kept."""
-    return {name: tensor for name, tensor in tensors.items()
+    kept = {name: tensor for name, tensor in tensors.items()
             if not name.endswith("resample_filter") and name != "dataset_label_std"}
+    return {"progress": torch.zeros((), dtype=torch.long), **kept}
+
+
+def official_numbers(generator: Record) -> dict[str, Any]:
+    """What the release's pickled generator says of itself, by the keys of our config.
+
+    Its tensors' shapes say how wide it is, its modules and `rendering_kwargs` the rest. Raises: CheckpointError where a
+    number is missing or senseless, or where the generator computes what ours cannot.
+    """
+    pickled.refuse_unfamiliar(generator, "skip")
+    tensors, options = pickled.module_state(generator), pickled.told(generator, "rendering_kwargs")
+    widths = pickled.widths_by_resolution(tensors, "backbone.synthesis.b{}.conv1.weight")
+    embed, decoder = tensors["backbone.mapping.embed.weight"], tensors["decoder.net.0.weight"]
+    if embed.shape[1] != CONDITION_DIM:
+        raise CheckpointError(f"its labels have {embed.shape[1]} numbers; EG3D's cameras have {CONDITION_DIM}")
+    if pickled.flag(options, "disparity_space_sampling", False):
+        raise CheckpointError("it samples evenly in disparity, which this EG3D does not")
+    if pickled.told(options, "clamp_mode", "softplus") != "softplus":
+        raise CheckpointError("its density is no softplus")
+    side = pickled.count(generator, "neural_rendering_resolution", 1, MOST_PIXELS)
+    scale = pickled.number(options, "c_scale", 0, 1000, 0)  # as released: 0 where this key is missing
+    resolution, upsampler = official_superresolution(generator, tensors, side)
+    return {
+        "data": {"resolution": resolution, "bounds": official_bounds(options)},
+        "model": {"generator": {
+            "box": pickled.number(options, "box_warp", 1e-3, 1000),
+            "z_dim": pickled.count(generator, "z_dim", 1, 4096),
+            "w_dim": embed.shape[0],
+            "mapping_depth": sum(f"backbone.mapping.fc{i}.weight" in tensors for i in range(64)),
+            "plane_resolution": max(widths),
+            "plane_channels": tensors["backbone.synthesis.b4.torgb.weight"].shape[0] // 3,
+            **pickled.channel_numbers(widths),
+            "clamp": pickled.common_clamp(pickled.part(generator, "backbone.synthesis")),
+            "plane_axes": official_axes(generator),
+            "decoder_width": decoder.shape[0],
+            "decoder_lr_multiplier": pickled.number(pickled.part(generator, "decoder.net.0"), "bias_gain", 1e-6, 1000),
+            "samples_per_ray": pickled.count(options, "depth_resolution", 4, MOST_SAMPLES),
+            "fine_samples": pickled.count(options, "depth_resolution_importance", 0, MOST_SAMPLES),
+            "render_resolution": {"_target_": "gan3d.ramps.Ramp", "first": side, "last": side, "steps": 0},
+            "superresolution": upsampler,
+            "raw_with_torgb": True,
+            "camera_conditioning": scale > 0 and not pickled.flag(options, "c_gen_conditioning_zero"),
+            "condition_scale": scale or 1,
+        }},
+    }
+
+
+def official_superresolution(generator: Record, tensors: MappingType[str, Tensor], side: int
+                             ) -> tuple[int, dict[str, Any]]:
+    """The picture's side, and the numbers of our `SuperResolution`."""
+    theirs, options = pickled.part(generator, "superresolution"), pickled.told(generator, "rendering_kwargs")
+    first_up = pickled.count(pickled.part(theirs, "block0.conv0"), "up", 1, 2) == 2
+    size = pickled.count(theirs, "input_resolution", 4, MOST_PIXELS)
+    resolution = size * (4 if first_up else 2)
+    if pickled.count(generator, "img_resolution", 4, 4 * MOST_PIXELS) != resolution:
+        raise CheckpointError(f"its img_resolution is not {resolution}, what its super-resolution of {size} makes")
+    if side > size and not pickled.flag(theirs, "sr_antialias", False):
+        raise CheckpointError("it shrinks the rendered image without a filter before the super-resolution")
+    noise = pickled.told(options, "superresolution_noise_mode", "none")
+    if noise not in ("none", "const", "random"):
+        raise CheckpointError(f"its superresolution_noise_mode is {pickled.brief(noise)}")
+    weights = [tensors[f"superresolution.block{i}.conv0.weight"] for i in (0, 1)]
+    return resolution, {"_target_": "gan3d.gans.eg3d.SuperResolution", "input_channels": weights[0].shape[1],
+                        "input_resolution": size, "channels": [w.shape[0] for w in weights], "first_up": first_up,
+                        "clamp": pickled.common_clamp(theirs), "noise": noise}
+
+
+def official_bounds(options: Any) -> dict[str, Any]:
+    """Near and far, or the cube of the planes where they are "auto"; white behind where it says so."""
+    background = [1, 1, 1] if pickled.flag(options, "white_back", False) else None
+    if pickled.told(options, "ray_start") == pickled.told(options, "ray_end") == "auto":
+        half = pickled.number(options, "box_warp", 1e-3, 1000) / 2
+        return {"near": 0, "far": FAR, "aabb": [[-half] * 3, [half] * 3], "background": background}
+    near, far = pickled.number(options, "ray_start", 0, FAR), pickled.number(options, "ray_end", 0, FAR)
+    if near >= far:
+        raise CheckpointError(f"its ray_start {near:g} is not before its ray_end {far:g}")
+    return {"near": near, "far": far, "aabb": None, "background": background}
+
+
+def official_axes(generator: Record) -> str:
+    """Which of our `plane_axes` its renderer has; as released, where it does not say."""
+    axes = pickled.told(pickled.part(generator, "renderer"), "plane_axes", None)
+    third = {"released": [[0, 0, 1], [1, 0, 0], [0, 1, 0]], "mended": [[0, 0, 1], [0, 1, 0], [1, 0, 0]]}
+    for name, last in third.items():
+        planes = [[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]], last]
+        if axes is None or (isinstance(axes, Tensor) and axes.shape == (3, 3, 3) and axes.tolist() == planes):
+            return name
+    raise CheckpointError("its planes lie along other axes than the release's or the mended ones")
+
+
+def official_discriminator_numbers(discriminator: Record) -> dict[str, Any]:
+    """What the release's pickled discriminator says of itself, like `official_numbers`."""
+    pickled.refuse_unfamiliar(discriminator, "resnet")
+    tensors = pickled.module_state(discriminator)
+    resolution = pickled.count(discriminator, "img_resolution", 8, 4 * MOST_PIXELS)
+    if pickled.number(discriminator, "raw_fade", 0, 1, 1) != 1:
+        raise CheckpointError("its discriminator fades the raw image out, which ours does not")
+    images, first = tensors[f"b{resolution}.fromrgb.weight"].shape[1], tensors["b4.conv.weight"]
+    if images not in (3, 6) or first.shape[1] != first.shape[0] + 1:
+        raise CheckpointError("its discriminator sees other channels than rgb, once or twice, and one of the batch's")
+    widths = {4: first.shape[0], **pickled.widths_by_resolution(tensors, "b{}.conv0.weight", 8)}
+    deviation = pickled.part(discriminator, "b4.mbstd")
+    whole_batch = pickled.told(deviation, "group_size") is None
+    numbers = {
+        "resolution": resolution,
+        **pickled.channel_numbers(widths),
+        "mapping_depth": sum(f"mapping.fc{i}.weight" in tensors for i in range(64)),
+        "group": MOST_BATCH if whole_batch else pickled.count(deviation, "group_size", 1, MOST_BATCH),
+        "dual": images == 6,
+        "clamp": pickled.common_clamp(discriminator),
+    }
+    return {"model": {"dual": images == 6, "discriminator": numbers}}
