@@ -1,7 +1,8 @@
 """How fast the GANs are here: `python benchmarks/gans.py [--threads 1] [--models graf,pigan] [--json FILE]`.
 
 Every model is built from its paper configuration. "train" is one iteration as `train.py` runs it (discriminator with
-R1, generator on fresh latents, averages) at batch 2; "frame" is one picture of the averaged generator, no gradients.
+R1, generator on fresh latents, averages), with all regularisers that come every so many steps, and "between" one
+without them; "frame" is one picture of the averaged generator, no gradients.
 Each case runs in a process of its own: processor seconds of the fastest repeat (all threads together), floating-point
 operations counted while it ran, its share of the speed of a large matrix product in the same process, peak memory.
 """
@@ -17,11 +18,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ("train", "frame")
+CASES = ("train", "between", "frame")
+EG3D = ["model=eg3d", "data=ffhq", "data.resolution=128", "model.poses=${data.poses}", "model.blur=null",
+        "model.generator.render_resolution={first: 32, last: 32}", "model.discriminator.group=2",
+        "model.generator.superresolution={input_resolution: 64, channels: [128, 64], first_up: false}"]
 SETTINGS = {  # the sizes at which the authors' codes were measured
-    "graf": (64, ["data=carla", "data.resolution=64", "model.batch_size=2"]),
-    "pigan": (32, ["data=celeba", "data.resolution=32", "model.resolution=32", "model.batch_size=2", "model.splits=1"]),
+    "graf": (64, 2, ["model=graf", "data=carla", "data.resolution=64"]),
+    "pigan": (32, 2, ["model=pigan", "data=celeba", "data.resolution=32", "model.resolution=32", "model.splits=1"]),
+    "eg3d-narrow": (128, 2, [*EG3D, "model.generator.channel_base=8192", "model.discriminator.channel_base=8192"]),
+    "eg3d": (128, 1, EG3D),
 }
+LAZY = {"eg3d-narrow", "eg3d"}  # have regularisers that are not due in every step
 
 
 def fastest(run: Callable[[], object], repeats: int) -> float:
@@ -71,11 +78,13 @@ def build(model: str) -> Any:
     from hydra.utils import instantiate
 
     with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-        cfg = compose("train", [f"model={model}", "scale=paper", *SETTINGS[model][1]])
+        _, batch, overrides = SETTINGS[model]
+        cfg = compose("train", ["scale=paper", f"model.batch_size={batch}", *overrides])
     return instantiate(cfg.model, _convert_="all")
 
 
-def train(model: str, repeats: int) -> dict[str, float]:
+def train(model: str, repeats: int, step: int = 0) -> dict[str, float]:
+    """One iteration, always that of the same step: 0, when every regulariser is due, or another."""
     import pytorch_lightning as pl
     import torch
 
@@ -83,28 +92,30 @@ def train(model: str, repeats: int) -> dict[str, float]:
     from gan3d import launch
 
     launch.quiet()
-    resolution = SETTINGS[model][0]
+    resolution, batch, _ = SETTINGS[model]
+    poses = build(model).poses
 
     class Photographs:
         def __iter__(self):
             while True:
-                yield ImageBatch(torch.randint(0, 256, (2, 3, resolution, resolution), dtype=torch.uint8), None)
+                pictures = torch.randint(0, 256, (batch, 3, resolution, resolution), dtype=torch.uint8)
+                yield ImageBatch(pictures, poses.sample(batch))
 
         def __len__(self):
             return 2**31
 
     class Clock(pl.Callback):
-        seconds: list[float] = []
-
-        def on_train_batch_start(self, *_):
+        def on_train_batch_start(self, trainer, module, *_):
+            module.step = step
             self.start = time.process_time()
 
-        def on_train_batch_end(self, *_):
+        def on_train_batch_end(self, trainer, *_):
             self.seconds.append(time.process_time() - self.start)
+            trainer.should_stop = len(self.seconds) == self.steps
 
     def fit(steps: int) -> Clock:
         clock, module = Clock(), build(model)
-        module.total_steps = steps
+        clock.seconds, clock.steps = [], steps
         pl.Trainer(accelerator="cpu", devices=1, max_epochs=-1, logger=False, enable_checkpointing=False,
                    enable_progress_bar=False, enable_model_summary=False, callbacks=[clock]).fit(module, Photographs())
         return clock
@@ -135,7 +146,10 @@ def measure(model: str, case: str, threads: int, repeats: int) -> dict[str, floa
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     parallel.THREADS = threads
-    measured = {"train": train, "frame": frame}[case](model, repeats)
+    if case == "frame":
+        measured = frame(model, repeats)
+    else:
+        measured = train(model, repeats, step=int(case == "between"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate = sgemm_rate()
     return {"model": model, "case": case, "threads": threads, **measured, "sgemm_flops": rate,
@@ -155,11 +169,12 @@ def main() -> None:
         return
     rows = []
     for model in arguments.models.split(","):
-        for case in CASES:  # in a process of its own, so that its peak memory is its own
+        for case in CASES if model in LAZY else ("train", "frame"):
+            # in a process of its own, so that its peak memory is its own
             options = ["--threads", str(arguments.threads), "--repeats", str(arguments.repeats), "--case", model, case]
             done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
             rows.append(row := json.loads(done.stdout.splitlines()[-1]))
-            print(f"{model:10} {case:6} {row['cpu_seconds']:7.2f} s {row['flops'] / 1e9:7.0f} GFLOP "
+            print(f"{model:11} {case:7} {row['cpu_seconds']:7.2f} s {row['flops'] / 1e9:7.0f} GFLOP "
                   f"{row['share_of_sgemm']:5.0%} of sgemm ({row['sgemm_flops'] / 1e9:.0f} GFLOP/s) "
                   f"{row['peak_bytes'] / 1e9:6.2f} GB", flush=True)
     if arguments.json:
