@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan3d.cameras import Number
+from gan3d.ops import conv3x3
 
 
 class Layout(NamedTuple):
@@ -22,6 +23,11 @@ class Layout(NamedTuple):
     stride: int
     padding: int
 
+    @property
+    def same(self) -> bool:
+        """Whether `conv3x3` does it."""
+        return (*self.weight[2:], self.stride, self.padding) == (3, 3, 1, 1)
+
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """conv2d whose second derivatives are convolutions again; R1 needs them every step.
@@ -31,12 +37,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     as the picture, several times slower. The derivative by the weight has a node of its own, whose value is the bias:
     a Python function computes all its derivatives or none, and R1's first pass wants the input's alone.
     """
+    layout = Layout(x.shape, weight.shape, stride, padding)
     if not torch.is_grad_enabled():
-        return F.conv2d(x, weight, bias, stride, padding)
+        return _forward(x, weight, layout, bias)
     if torch.is_autocast_enabled(x.device.type):  # its casts must be seen by autograd, so not inside a function
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    layout = Layout(x.shape, weight.shape, stride, padding)
     if bias is None:
         bias = weight.new_zeros(layout.weight[0])
     y = OfInput.apply(x, (weight,), layout)
@@ -50,7 +56,7 @@ class OfInput(torch.autograd.Function):
     def forward(ctx, x, hidden, layout):
         ctx.save_for_backward(*hidden)
         ctx.layout = layout
-        return F.conv2d(x, hidden[0], None, layout.stride, layout.padding)
+        return _forward(x, hidden[0], layout)
 
     @staticmethod
     def backward(ctx, g):
@@ -79,6 +85,8 @@ class ByInput(torch.autograd.Function):
     def forward(ctx, g, weight, layout):
         ctx.save_for_backward(g, weight)
         ctx.layout = layout
+        if layout.same:
+            return conv3x3(g, weight, transposed=True)
         return _adjoint(g, weight.new_empty(layout.x), weight, layout, (True, False, False))[0]
 
     @staticmethod
@@ -104,6 +112,13 @@ class ByWeight(torch.autograd.Function):
         by_g = convolve(x, weight, None, *ctx.layout[2:]) if ctx.needs_input_grad[0] else None
         by_x = ByInput.apply(g, weight, ctx.layout) if ctx.needs_input_grad[1] else None
         return by_g, by_x, None
+
+
+def _forward(x: Tensor, weight: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    if not layout.same:
+        return F.conv2d(x, weight, bias, layout.stride, layout.padding)
+    y = conv3x3(x, weight)
+    return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
 
 def _adjoint(g: Tensor, x: Tensor, weight: Tensor, layout: Layout, wanted: tuple[bool, bool, bool]):
@@ -140,14 +155,6 @@ def downsample(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
 def upsample(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
     """Zeros inserted, then filtered: bilinear interpolation but for the zeros beyond the edge."""
     return F.conv_transpose2d(x, _filter(x, 4.0), None, 2, 1, groups=x.shape[1])
-
-
-def upsampling_convolution(x: Float[Tensor, "b c h w"], weight: Float[Tensor, "o c 3 3"]) -> Float[Tensor, "b o i j"]:
-    """StyleGAN2's 3×3 convolution to twice the size: a transposed convolution with stride 2, then the filter.
-
-    The weight is not flipped: as an upsampling followed by a convolution it is a true convolution, not a correlation.
-    """
-    return smooth(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), padding=1, gain=4.0)
 
 
 def downsampling_convolution(x: Tensor, weight: Float[Tensor, "o c k k"]) -> Float[Tensor, "b o i j"]:

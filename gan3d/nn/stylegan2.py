@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan3d.cameras import Number
-from gan3d.nn.convolution import convolve, downsample, downsampling_convolution, upsample, upsampling_convolution
+from gan3d.nn.convolution import convolve, downsample, downsampling_convolution, upsample
+from gan3d.ops import conv3x3, upconv3x3
 
 SLOPE, GAIN = 0.2, math.sqrt(2)  # leaky ReLU, and what keeps the variance after it
 Noise = Literal["random", "const", "none"]
@@ -125,24 +126,23 @@ class SynthesisLayer(nn.Module):
     def forward(self, x: Float[Tensor, "b i h w"], w: Float[Tensor, "b d"], noise: Noise) -> Float[Tensor, "b o r r"]:
         style = self.affine(w)
         scale = GAIN * (style.square() @ self.weight.square().sum((2, 3)).T + 1e-8).rsqrt()  # [b o]
+        bias = GAIN * self.bias[:, None, None]
         if len(x) == 1:  # modulating the weight is cheaper than modulating two feature maps
             weight = self.weight * (style[0, :, None, None] * scale[0, :, None, None, None])
-            y = self.convolve(x, weight)
-            bias = GAIN * self.bias[:, None, None]
-            y = y + self.add_noise(bias, y, noise)
+            y = self.convolve(x, weight).add_(bias)  # in place: new memory takes longer than the sum
         else:
             y = self.convolve(x * style[:, :, None, None], self.weight)
-            y = torch.addcmul(self.add_noise(GAIN * self.bias[:, None, None], y, noise), y, scale[:, :, None, None])
-        return activate(y, "lrelu", self.clamp)
+            y = torch.addcmul(bias, y, scale[:, :, None, None])
+        return activate(self.add_noise(y, noise), "lrelu", self.clamp)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        return upsampling_convolution(x, weight) if self.up else F.conv2d(x, weight, padding=1)
+        return upconv3x3(x, weight) if self.up else conv3x3(x, weight)
 
-    def add_noise(self, bias: Tensor, y: Tensor, noise: Noise) -> Tensor:
+    def add_noise(self, y: Tensor, noise: Noise) -> Tensor:
         if not self.noise or noise == "none":
-            return bias
+            return y
         grain = self.noise_const if noise == "const" else torch.randn(len(y), 1, *y.shape[-2:], device=y.device)
-        return bias + grain * (GAIN * self.noise_strength)
+        return y.add_(grain * (GAIN * self.noise_strength))
 
 
 class ToRGB(nn.Module):
@@ -191,7 +191,7 @@ class SynthesisBlock(nn.Module):
         rgb = self.torgb(x, w.pop(0))
         if image is None:
             return x, rgb
-        return x, rgb + (upsample(image) if self.up else image)
+        return x, upsample(image).add_(rgb) if self.up else image + rgb
 
 
 class Synthesis(nn.Module):

@@ -8,6 +8,8 @@ from gan3d.ops.cells import Voxels as Voxels
 from gan3d.ops.composite import Composite as Composite
 from gan3d.ops.composite import composite as composite
 from gan3d.ops.composite import composite_packed as composite_packed
+from gan3d.ops.conv3x3 import conv3x3 as conv3x3
+from gan3d.ops.conv3x3 import upconv3x3 as upconv3x3
 from gan3d.ops.extension import backend as backend
 from gan3d.ops.grids import XY_XZ_ZX as XY_XZ_ZX
 from gan3d.ops.grids import XY_XZ_ZY as XY_XZ_ZY

@@ -2,6 +2,8 @@
 
 from gan3d.ops.reference.composite import composite as composite
 from gan3d.ops.reference.composite import composite_packed as composite_packed
+from gan3d.ops.reference.conv3x3 import conv3x3 as conv3x3
+from gan3d.ops.reference.conv3x3 import upconv3x3 as upconv3x3
 from gan3d.ops.reference.grids import grid_sample_3d as grid_sample_3d
 from gan3d.ops.reference.grids import triplane_sample as triplane_sample
 from gan3d.ops.reference.hash_grid import hash_grid as hash_grid
