@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Number = int | float  # what a config may say where a float is meant
+CONDITION_DIM = 25  # numbers of `condition`
 AXES = {"x": (1.0, 0.0, 0.0), "y": (0.0, 1.0, 0.0), "z": (0.0, 0.0, 1.0)}
 
 
@@ -31,6 +32,11 @@ class Camera(NamedTuple):
 
     def __getitem__(self, item):  # camera[3:5] picks cameras of a batch, not members of the tuple
         return Camera(self.camera_to_world[item], self.intrinsics[item])
+
+
+def condition(camera: Camera) -> Float[Tensor, "b 25"]:
+    """A camera as networks are told of it: camera_to_world, then intrinsics, row by row. EG3D (2022), supplement."""
+    return torch.cat([camera.camera_to_world.flatten(-2), camera.intrinsics.flatten(-2)], dim=-1)
 
 
 def intrinsics_from_fov(fov_degrees: Number, aspect: Number = 1.0) -> Float[Tensor, "3 3"]:

@@ -161,7 +161,10 @@ def test_every_pair_composes_and_its_schedules_fit_the_data(method, data, scale)
     assert poses.sample(3, torch.Generator().manual_seed(0)).camera_to_world.shape == (3, 4, 4)
     instantiate(config["model"]["generator"]["bounds"], _convert_="all")
     resolution = config["model"]["resolution"]
-    stages = list(resolution.values()) if isinstance(resolution, dict) else [resolution]
+    if isinstance(resolution, dict) and "_target_" in resolution:  # Growth
+        stages = [resolution["first"], resolution["last"]]
+    else:
+        stages = list(resolution.values()) if isinstance(resolution, dict) else [resolution]
     assert max(stages) <= config["data"]["resolution"]
     assert all(low <= high for low, high in pairwise(stages))
     batch, splits = config["model"]["batch_size"], config["model"].get("splits", 1)

@@ -7,7 +7,12 @@ TINY = {
     "eg3d": ["model.generator.channel_base=64", "model.generator.channel_max=8", "model.generator.samples_per_ray=4",
              "model.generator.fine_samples=2", "model.discriminator.channel_base=64",
              "model.discriminator.channel_max=8", "model.generator.camera_conditioning=true"],
+    "stylenerf": ["model.generator.width=8", "model.generator.features=8", "model.generator.samples_per_ray=4",
+                  "model.generator.fine_samples=2", "model.generator.channel_max=8", "model.resolution=32",
+                  "model.discriminator.channel_base=64", "model.discriminator.channel_max=8",
+                  "+model.path_length._target_=gan3d.losses.PathLength", "+model.path_length.weight=2",
+                  "+model.path_length.every=4", "model.style_mixing=0.9"],
 }
 COMMON = ["data=cars", "scale=mini", "data.resolution=32", "model.batch_size=2"]
 SIDE = 32
-ONE_SIZE = {"eg3d"}  # draw SIDE² pictures only: their upsampler ends there
+ONE_SIZE = {"eg3d", "stylenerf"}  # draw SIDE² pictures only: their upsampler ends there

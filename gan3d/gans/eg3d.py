@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan3d import ops, pickled
-from gan3d.cameras import Camera, Number
+from gan3d.cameras import CONDITION_DIM, Camera, Number, condition
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
 from gan3d.nn.discriminators import Verdict
@@ -27,14 +27,8 @@ from gan3d.rendering import Field, query, render_chunks, render_hits
 from gan3d.sampling import even_quantiles, merge, sample_pdf
 from gan3d.volume import Rendering
 
-CONDITION_DIM = 25  # a camera-to-world matrix and intrinsics, row by row
 AXES = {"mended": ops.XY_XZ_ZY, "released": ops.XY_XZ_ZX}
 RAYS_PER_CHUNK = 1 << 12  # per image, where no gradients are wanted
-
-
-def condition(camera: Camera) -> Float[Tensor, "b 25"]:
-    """The camera as mapping and discriminator see it. Our conventions are the release's: OpenCV axes, normalised."""
-    return torch.cat([camera.camera_to_world.flatten(-2), camera.intrinsics.flatten(-2)], dim=-1)
 
 
 class Planes(NamedTuple):
