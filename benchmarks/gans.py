@@ -27,8 +27,10 @@ SETTINGS = {  # the sizes at which the authors' codes were measured
     "pigan": (32, 2, ["model=pigan", "data=celeba", "data.resolution=32", "model.resolution=32", "model.splits=1"]),
     "eg3d-narrow": (128, 2, [*EG3D, "model.generator.channel_base=8192", "model.discriminator.channel_base=8192"]),
     "eg3d": (128, 1, EG3D),
+    "stylenerf": (64, 1, ["model=stylenerf", "data=ffhq", "data.resolution=64", "model.resolution=64",
+                          "model.discriminator.group=1"]),
 }
-LAZY = {"eg3d-narrow", "eg3d"}  # have regularisers that are not due in every step
+LAZY = {"eg3d-narrow", "eg3d", "stylenerf"}  # have regularisers that are not due in every step
 
 
 def fastest(run: Callable[[], object], repeats: int) -> float:
