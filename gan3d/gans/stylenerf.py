@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gan3d.cameras import CONDITION_DIM, Camera, Number, condition
+from gan3d.cameras import CONDITION_DIM, Camera, Number, condition, flip_axes
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
 from gan3d.nn.convolution import upsample
@@ -302,7 +302,7 @@ class Identity(NamedTuple):
 class Sampled(NamedTuple):
     """Where rays were asked, in the order of asking: coarse, then fine samples."""
 
-    t: Tensor  # [b n s]
+    t: Tensor  # [b n s], in units of the directions
     weights: Tensor  # [b n s]
     hidden: tuple[Tensor, ...]  # [b n · c], together s
 
@@ -452,10 +452,28 @@ class StyleNeRF(nn.Module):
         return Images(rgb, raw, seen.depth.unflatten(-1, (side, side)), seen.opacity.unflatten(-1, (side, side)))
 
     def _rays(self, camera: Camera, pixels: Float[Tensor, "*b n 2"], side: int) -> Rays:
-        """In float64 (float32 on Apple's GPUs, which lack it): the encoding multiplies a point's rounding by 1600."""
-        exact = torch.float32 if pixels.device.type == "mps" else torch.float64
-        camera = Camera(*(part.to(exact) for part in camera))
-        return camera_rays(camera, pixels.to(exact), self.bounds, (side, side))
+        """Rays whose directions are not normalised, but reach the plane at distance 1; near and far in their units.
+
+        The encoding multiplies a point's rounding by 1600, so the points are computed as in the release, step by step:
+        the same weights then give the same picture in float32, but for samples that the coarse pass just misplaces.
+        """
+        unit = camera_rays(camera, pixels, self.bounds, (side, side))
+        line = torch.linspace(1 / side - 1, 1 - 1 / side, side, device=pixels.device, dtype=unit.near.dtype)
+        x, y = line[pixels[..., 0].long()], -line[pixels[..., 1].long()]
+        local = torch.stack([x, y, -torch.ones_like(x), torch.ones_like(x)], -2)
+        k = camera.intrinsics
+        lens = torch.eye(4, device=k.device, dtype=k.dtype).repeat(len(k), 1, 1)
+        lens[:, 0, 0], lens[:, 1, 1] = 1 / (2 * k[:, 0, 0]), 1 / (2 * k[:, 1, 1])
+        lens[:, 0, 1] = k[:, 0, 1] / k[:, 0, 0] * lens[:, 1, 1]
+        lens[:, 0, 2], lens[:, 1, 2] = (k[:, 0, 2] - 0.5) / k[:, 0, 0], (0.5 - k[:, 1, 2]) / k[:, 1, 1]
+        seen = (flip_axes(camera.camera_to_world) @ lens) @ local.expand(len(k), -1, -1)
+        directions = seen[:, :3].mT - camera.position[:, None]
+        if self.bounds.planar:
+            near, far = (torch.full_like(unit.near, limit) for limit in (self.bounds.near, self.bounds.far))
+        else:
+            length = directions.norm(dim=-1)
+            near, far = unit.near / length, unit.far / length
+        return Rays(unit.origins, directions, near, far)
 
     def _render(self, ready: Identity, rays: Rays) -> tuple[Float[Tensor, "b n f"], Rendering]:
         """What rays see: rgb in [−1, 1] and features; and what they gathered of the foreground's hidden layer."""
@@ -463,7 +481,8 @@ class StyleNeRF(nn.Module):
             found = self._sample(ready, part)
             parts = found.weights.split([h.shape[-2] for h in found.hidden], dim=-1)
             hidden = sum(torch.matmul(w[..., None, :], h)[..., 0, :] for w, h in zip(parts, found.hidden, strict=True))
-            return Rendering(hidden, (found.weights * found.t).sum(-1), found.weights.sum(-1))  # type: ignore
+            depth = (found.weights * found.t).sum(-1) * part.directions.norm(dim=-1)
+            return Rendering(hidden, depth, found.weights.sum(-1))  # type: ignore
 
         def render_all(part: Rays) -> Rendering:
             return render(part) if torch.is_grad_enabled() else render_chunks(render, part, RAYS_PER_CHUNK)
@@ -479,20 +498,23 @@ class StyleNeRF(nn.Module):
         if self.alpha == -1:
             s = fine_samples = UNTRAINED_SAMPLES
         noise = self.density_noise if self.training else 0.0
-        t = spread(rays, s, "strata" if self.training else "none")
+        zero = torch.zeros_like(rays.near)
+        steps = spread(Rays(rays.origins, rays.directions, zero, zero + 1), s, "strata" if self.training else "none")
+        t, length = between(rays, steps), rays.directions.norm(dim=-1, keepdim=True)
         closes = self.background is None and self.colour is None
         coarse = t if closes else t[..., :-1]  # the last sample ends an interval; it has no density of its own
         raw_density, hidden = self.foreground(points_along(rays, coarse), ready.styled)
         density = noisy(raw_density[..., : s - 1], noise).relu()
         with torch.no_grad():
-            weights = composite(density, t.diff().to(density.dtype))
-            edges = (t[..., 1:] + t[..., :-1]) / 2
+            weights = composite(density, (t.diff() * length).to(density.dtype))
+            edges = (steps[..., 1:] + steps[..., :-1]) / 2
             u = torch.linspace(0, 1, fine_samples, device=t.device, dtype=t.dtype).expand(*t.shape[:-1], -1)
-            fine = sample_pdf(edges, weights[..., 1:].to(t.dtype), torch.rand_like(u) if self.training else u)
+            u = torch.rand_like(u) if self.training else u
+            fine = between(rays, sample_pdf(edges, weights[..., 1:].to(t.dtype), u))
         more_raw_density, more_hidden = self.foreground(points_along(rays, fine), ready.styled)
         density = torch.cat([density, noisy(more_raw_density, noise).relu()], -1)
         merged, order = merge(t[..., :-1], fine)
-        lengths = torch.cat([merged, t[..., -1:]], -1).diff()
+        lengths = torch.cat([merged, t[..., -1:]], -1).diff() * length
         weights = composite(density.gather(-1, order), lengths.to(density.dtype))
         weights = torch.zeros_like(weights).scatter(-1, order, weights)
         if closes:
@@ -506,9 +528,14 @@ class StyleNeRF(nn.Module):
     def _behind(self, ready: Identity, rays: Rays) -> Tensor | None:
         """rgb and features of the background `[b n f]`, or of a colour behind everything `[f]`."""
         if self.background is not None:
-            weights, hidden = self.background(ready.z_background, rays, self.density_noise if self.training else 0.0)
+            weights, hidden = self._outside(ready, rays)
             return F.linear(torch.matmul(weights[..., None, :], hidden)[..., 0, :], *self.background.heads())
         return None if self.colour is None else F.pad(self.colour, (0, len(ready.styled.head_bias) - 3))
+
+    def _outside(self, ready: Identity, rays: Rays) -> tuple[Tensor, Tensor]:
+        assert self.background is not None
+        unit = Rays(rays.origins, F.normalize(rays.directions, dim=-1), rays.near, rays.far)
+        return self.background(ready.z_background, unit, self.density_noise if self.training else 0.0)
 
     def _upsample(self, ready: Identity, x: Float[Tensor, "b h w f"], image: Float[Tensor, "b 3 h w"], side: int,
                   up: bool) -> Float[Tensor, "b 3 r s"]:
@@ -557,7 +584,7 @@ class StyleNeRF(nn.Module):
         shown = self._shown(ready, hidden.flatten(1, 2)).unflatten(1, hidden.shape[1:3])
         if self.background is None:
             return shown, found.weights
-        weights, hidden = self.background(ready.z_background, rays, self.density_noise if self.training else 0.0)
+        weights, hidden = self._outside(ready, rays)
         behind = F.linear(hidden, *self.background.heads())
         light = 1 - found.weights.sum(-1, keepdim=True)
         return torch.cat([shown, behind], 2), torch.cat([found.weights, light * weights], 2)
@@ -590,6 +617,11 @@ class StyleNeRF(nn.Module):
         fixed += count_flops(lambda: self._upsample(ready, some.new_zeros(1, side, side, width),
                                                     some.new_zeros(1, 3, side, side), resolution, up=True))
         return Cost(side**2, float(samples), flops / samples, float(fixed))
+
+
+def between(rays: Rays, steps: Float[Tensor, "b n s"]) -> Float[Tensor, "b n s"]:
+    """Places on the rays, from near at 0 to far at 1."""
+    return rays.near[..., None] * (1 - steps) + rays.far[..., None] * steps
 
 
 def lattice(b: int, side: int, samples: int, device: torch.device) -> Float[Tensor, "b n 2"]:

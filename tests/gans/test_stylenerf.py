@@ -212,12 +212,18 @@ def randomised(model: nn.Module) -> nn.Module:
 def test_a_ray_is_the_weighted_sum_of_its_samples(background: bool) -> None:
     torch.manual_seed(0)
     model = randomised(small(**({} if background else {"background": None}))).double().eval()
-    rays = model._rays(camera(n=1), full_grid(3, 3), 3)
+    seen = Camera(*(part.double() for part in camera(n=1)))
+    rays = model._rays(seen, full_grid(3, 3), 3)
+    usual = camera_rays(seen, full_grid(3, 3).double(), model.bounds, (3, 3))  # the same rays, of unit length
+    length = rays.directions.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(rays.directions, usual.directions * length)
+    torch.testing.assert_close(rays.near[..., None] * length, usual.near[..., None])
+    torch.testing.assert_close(rays.far[..., None] * length, usual.far[..., None])
     ws = model.mapping(torch.randn(1, model.z_dim).double())
     ready = model.prepare(ws)
     shown, rendering = model._render(ready, rays)
     for n in range(9):
-        o, d, near, far = rays.origins[0, n], rays.directions[0, n], rays.near[0, n], rays.far[0, n]
+        o, d, near, far = usual.origins[0, n], usual.directions[0, n], usual.near[0, n], usual.far[0, n]
         t = torch.linspace(0, 1, 5).double() * (far - near) + near
 
         def weigh(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,7 +239,7 @@ def test_a_ray_is_the_weighted_sum_of_its_samples(background: bool) -> None:
         weights, each = weigh(t)
         expected = weights @ each
         if background:
-            outside, hidden = model.background(ready.z_background, rays, 0.0)
+            outside, hidden = model.background(ready.z_background, usual, 0.0)
             expected += (1 - weights.sum()) * F.linear(outside[0, n] @ hidden[0, n], *model.background.heads())
         torch.testing.assert_close(shown[0, n], expected)  # float64: the same sums in another order
         torch.testing.assert_close(rendering.depth[0, n], weights @ t)
