@@ -348,7 +348,7 @@ def official_method(path: Path, cfg: Any) -> str:
 def official_config(path: Path, cfg: Any, numbers: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     """The composed config with the numbers that an official file states; what the command line says is above both.
 
-    No official file says how its cameras are distributed: that is the data's business. Without data=… on the command
+    How cameras are distributed is the data's business (StyleNeRF's files say it, too). Without data=… on the command
     line, the name of the file's training set decides, if it speaks of one of ours whose cameras this method knows.
     """
     from hydra import compose

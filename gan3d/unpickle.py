@@ -28,6 +28,7 @@ STANDARD = {  # what a checkpoint may name of Python's standard library; the res
     "builtins.str", "collections.OrderedDict", "collections.defaultdict", "collections.deque", "collections.Counter",
     "copyreg._reconstructor", "_codecs.encode", "argparse.Namespace", "types.SimpleNamespace", "functools.partial",
     "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath", "datetime.datetime",
+    "typing.Any", "typing.Dict", "typing.List",  # OmegaConf's containers name the types of what they hold
 }  # fmt: skip
 PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 

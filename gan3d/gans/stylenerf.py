@@ -11,14 +11,16 @@ prevents by an addition in place; the discriminator's step does without that pat
 """
 
 import math
+from collections.abc import Iterable
 from collections.abc import Mapping as MappingType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gan3d import pickled
 from gan3d.cameras import CONDITION_DIM, Camera, Number, condition, flip_axes
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
@@ -38,6 +40,7 @@ from gan3d.nn.stylegan2 import (
 )
 from gan3d.ramps import Growth
 from gan3d.rays import Bounds, Patch, Rays, camera_rays, full_grid
+from gan3d.rebuild import CheckpointError, Record
 from gan3d.rendering import Field, points_along, render_chunks, render_hits
 from gan3d.sampling import merge, sample_pdf, spread
 from gan3d.volume import Rendering, composite
@@ -111,7 +114,7 @@ class Foreground(nn.Module):
         """Raw density `[b n s]` and the last hidden layer `[b n s c]`."""
         flat = points.flatten(1, 2).to(styled.heads.dtype)
         density, hidden = styled_mlp(flat, styled.weights, lambda x: encode(x, self.octaves))
-        return density.view(points.shape[:-1]), hidden.view(*points.shape[:-1], -1)
+        return density.view(points.shape[:-1]), hidden.view(*points.shape[:-1], hidden.shape[-1])
 
 
 def styled_head(head: ToRGB, w: Float[Tensor, "b d"]) -> Float[Tensor, "b o i"]:
@@ -426,8 +429,7 @@ class StyleNeRF(nn.Module):
 
     def _level(self) -> int:
         """How many blocks are in use."""
-        alpha, n = float(self.alpha), len(self.sides)
-        return n if alpha in (-1, 1) else 0 if alpha == 0 else min(int(alpha * n) + 1, n)
+        return blocks_in_use(float(self.alpha), len(self.sides))
 
     def synthesis(self, ws: Tensor | Identity, camera: Camera, resolution: int, patch: Patch | None = None) -> Images:
         """Pictures of side `resolution`: rendered alone up to `render_resolution`, upsampled to its doubles.
@@ -496,7 +498,7 @@ class StyleNeRF(nn.Module):
         """Coarse samples evenly, fine ones where these found something; then the weights of all."""
         s, fine_samples = self.samples_per_ray, self.fine_samples
         if self.alpha == -1:
-            s = fine_samples = UNTRAINED_SAMPLES
+            s, fine_samples = UNTRAINED_SAMPLES, UNTRAINED_SAMPLES * (fine_samples > 0)
         noise = self.density_noise if self.training else 0.0
         zero = torch.zeros_like(rays.near)
         steps = spread(Rays(rays.origins, rays.directions, zero, zero + 1), s, "strata" if self.training else "none")
@@ -662,6 +664,15 @@ class StyleNeRFDiscriminator(StyleGAN2Discriminator):
         return Verdict(self.b4(x, rest, label))
 
 
+def blocks_in_use(alpha: float, n: int) -> int:
+    return n if alpha in (-1, 1) else 0 if alpha == 0 else min(int(alpha * n) + 1, n)
+
+
+# The release's pickles
+
+PUBLISHED = "ffhq_256.pkl, ffhq_512.pkl, ffhq_1024.pkl at https://huggingface.co/facebook/stylenerf-ffhq-config-basic"
+MOST_LAYERS, MOST_SAMPLES, MOST_PIXELS, MOST_BATCH = 64, 1024, 4096, 1024  # what a file may ask for
+FAR = 1e6
 OFFICIAL_PARTS = {"mapping": "mapper", "synthesis.fg_nerf": "foreground", "synthesis.bg_nerf": "background",
                   "synthesis.alpha": "alpha"}
 
@@ -681,3 +692,241 @@ def official_discriminator(tensors: MappingType[str, Tensor]) -> dict[str, Tenso
     """The release's `D` as a state dict of `StyleNeRFDiscriminator`, which sees from the picture what alpha says."""
     return {name: tensor for name, tensor in tensors.items()
             if not name.endswith("resample_filter") and name != "alpha"}
+
+
+# Of the release's objects, what they are where a file says nothing (attributes of a class are not pickled), and what
+# ours always are.
+CAMERA = {"gaussian_camera": False, "angular_camera": False, "depth_transform": None, "dists_normalized": False,
+          "ray_align_corner": True, "random_rotate": False, "bg_start": 1.0}
+OUR_CAMERA = {"angular_camera": True, "depth_transform": None, "dists_normalized": False, "ray_align_corner": False,
+              "random_rotate": False}
+RENDERER = {"n_ray_samples": 14, "n_bg_samples": 4, "sigma_type": "relu", "hierarchical": True, "no_background": False,
+            "white_background": False}
+OUR_RENDERER = {"sigma_type": "relu", "white_background": False}
+OUR_UPSAMPLER = {"no_2d_renderer": False, "no_residual_img": False, "block_reses": None, "shared_rgb_style": False}
+OUR_SYNTHESIS = {"predict_camera": False, "progressive_growing": True, "progressive_nerf_only": False,
+                 "interp_steps": None, "rectangular_crop": None, "margin": 0}
+OUR_FIELD = {"use_sdf": False, "use_viewdirs": False, "use_normal": False, "use_skip": False, "use_pos": False,
+             "add_rgb": False, "merge_sigma_feat": False, "no_sigma": False, "tcnn_backend": False,
+             "disable_latents": False, "normalized_feat": False, "final_sigmoid_act": False, "shuffle_factor": 1,
+             "downscale_p_by": 1, "positional_encoding": "normal"}
+OUR_DISCRIMINATOR = {"c_dim": 0, "predict_camera": False, "separate_camera": False, "dual_discriminator": False,
+                     "dual_input_ratio": None}
+TAPS = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+
+
+def official_numbers(generator: Record) -> dict[str, Any]:
+    """What the release's pickled generator says of itself, by the keys of our config; also how its world lies.
+
+    Its tensors' shapes say how wide it is, its modules and its camera, renderer and upsampler the rest. `alpha` decides
+    the side of its pictures. Raises: CheckpointError where a number is missing or senseless, or where the generator
+    computes what ours cannot.
+    """
+    tensors, synthesis = pickled.module_state(generator), pickled.part(generator, "synthesis")
+    camera = CAMERA | official_settings(synthesis, "C", "camera_kwargs")
+    renderer = RENDERER | official_settings(synthesis, "V", "renderer_kwargs")
+    refuse_foreign_generator(generator, camera, renderer, official_settings(synthesis, "U", "upsampler_kwargs"))
+    side = pickled.count(synthesis, "resolution_vol", 1, MOST_PIXELS)
+    last = pickled.count(generator, "img_resolution", 4, MOST_PIXELS)
+    widths = pickled.widths_by_resolution(tensors, "synthesis.b{}.conv1.weight", 2 * side)
+    if not widths or max(widths) != last or pickled.count(synthesis, "resolution_start", 1, MOST_PIXELS, side) != side:
+        raise CheckpointError(f"its pictures do not grow to {last}² from the {side}² that are rendered")
+    alpha = official_alpha(tensors)
+    samples = pickled.count(renderer, "n_ray_samples", 4, MOST_SAMPLES)
+    features = tensors["synthesis.fg_nerf.feat_out.weight"].shape[0]
+    return {
+        "data": {"resolution": side << blocks_in_use(alpha, len(widths)), **official_world(camera)},
+        "model": {"resolution": last, "poses": "${data.poses}", "generator": {
+            "render_resolution": side,
+            "z_dim": tensors["mapping.fc0.weight"].shape[1],
+            "w_dim": tensors["synthesis.fg_nerf.fc_in.affine.weight"].shape[1],
+            "mapping_depth": layers(tensors, "mapping.fc{}.weight"),
+            **official_field(tensors, pickled.part(synthesis, "fg_nerf"), "synthesis.fg_nerf.", 6),
+            "features": features,
+            "background": official_background(tensors, synthesis, camera, renderer, features),
+            "samples_per_ray": samples,
+            "fine_samples": samples if pickled.flag(renderer, "hierarchical") else 0,
+            "density_noise": 1,
+            **pickled.channel_numbers(widths),
+            **official_blocks(synthesis, list(widths)),
+            "path_weight": 2,
+            "path_samples": pickled.count(synthesis, "n_reg_samples", 0, MOST_SAMPLES, 0),
+            "path_full": pickled.flag(synthesis, "reg_full", False),
+        }},
+    }
+
+
+def official_settings(synthesis: Record, name: str, arguments: str) -> dict[str, Any]:
+    """What one of its objects holds; of an older pickle, without it, the arguments that the release remakes it from."""
+    held = pickled.told(synthesis, name, None)
+    if isinstance(held, Record) and isinstance(held.state, dict):
+        return held.state
+    given = official_plain(pickled.told(synthesis, "_init_kwargs", {}))
+    if not isinstance(given, dict):
+        return {}
+    group = official_plain(given.get(arguments))
+    return group if isinstance(group, dict) and group else given
+
+
+def official_plain(value: Any) -> Any:
+    """Lists and dicts of OmegaConf's, which the release never unwraps, as lists and dicts; one level down."""
+    if not isinstance(value, Record) or not value.class_path.startswith("omegaconf."):
+        return value
+    content = pickled.told(value, "_content", None)
+    if isinstance(content, list):
+        return [pickled.told(node, "_val", node) for node in content]
+    return {k: pickled.told(node, "_val", node) for k, node in content.items()} if isinstance(content, dict) else value
+
+
+def official_range(source: Any, key: str, low: Number, high: Number) -> tuple[Number, Number]:
+    """Two numbers from low to high, the first not above the second."""
+    ends = official_plain(pickled.told(source, key))
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        raise CheckpointError(f"its {key} is {pickled.brief(ends)}, not two numbers")
+    first, second = (pickled.number({key: end}, key, low, high) for end in ends)
+    if first > second:
+        raise CheckpointError(f"its {key} runs from {first:g} down to {second:g}; the file is damaged")
+    return first, second
+
+
+def official_alpha(tensors: MappingType[str, Tensor]) -> float:
+    value = tensors["synthesis.alpha"]
+    alpha = float(value) if value.numel() == 1 else math.nan
+    if alpha != -1 and not 0 <= alpha <= 1:
+        raise CheckpointError(f"its alpha is {alpha:g}, not -1 (untrained) or a number from 0 to 1")
+    return alpha
+
+
+def official_world(camera: MappingType[str, Any]) -> dict[str, Any]:
+    """z points up, and azimuth 0 is on +x: where the faces look."""
+    near, far = official_range(camera, "depth_range", 0, FAR)
+    nearest, farthest = official_range(camera, "range_radius", 1e-3, FAR)
+    if near == far:
+        raise CheckpointError(f"its depth_range begins and ends at {near:g}")
+
+    def law(low: Number, high: Number) -> dict[str, Any]:
+        if not pickled.flag(camera, "gaussian_camera"):
+            return {"_target_": "gan3d.poses.Uniform", "_args_": [math.degrees(low), math.degrees(high)]}
+        mean = (low + high) / 2
+        return {"_target_": "gan3d.poses.Gaussian", "_args_": [math.degrees(mean), math.degrees(mean - low)]}
+
+    return {
+        "up": "z",
+        "poses": {
+            "_target_": "gan3d.poses.Spherical",
+            "radius": nearest if nearest == farthest else [nearest, farthest],
+            "azimuth": law(*official_range(camera, "range_u", -4 * math.pi, 4 * math.pi)),
+            "polar": law(*official_range(camera, "range_v", 0, math.pi)),
+            "fov_degrees": pickled.number(camera, "fov", 0.1, 170),
+            "up": "${data.up}",
+            "target": [0, 0, 0],
+        },
+        "bounds": {"near": near, "far": far, "planar": True, "aabb": None, "reference_radius": None,
+                   "background": None},
+    }
+
+
+def layers(tensors: MappingType[str, Tensor], name: str) -> int:
+    return sum(name.format(i) in tensors for i in range(MOST_LAYERS))
+
+
+def official_field(tensors: MappingType[str, Tensor], theirs: Record, prefix: str, per_octave: int, more: int = 0
+                   ) -> dict[str, int]:
+    """Width, depth and octaves of a field whose input is the encoded point and `more` numbers."""
+    width, inputs = tensors[prefix + "fc_in.weight"].shape[:2]
+    octaves = pickled.count(theirs, "n_freq_posenc", 1, 64, 10)
+    if inputs != per_octave * octaves + more or prefix + "to_rgb.weight" not in tensors:
+        raise CheckpointError(f"its {prefix[:-1]} is not told {octaves} octaves of a point, or predicts no rgb")
+    return {"width": width, "depth": 1 + layers(tensors, prefix + "blocks.{}.weight"), "octaves": octaves}
+
+
+def official_background(tensors: MappingType[str, Tensor], synthesis: Record, camera: MappingType[str, Any],
+                        renderer: MappingType[str, Any], features: int) -> dict[str, Any] | None:
+    """Without one, the last sample of a ray closes it."""
+    if pickled.flag(renderer, "no_background"):
+        return None
+    theirs, z_dim = pickled.part(synthesis, "bg_nerf"), pickled.count(synthesis, "z_dim_bg", 1, 4096)
+    return {"_target_": "gan3d.gans.stylenerf.Background", "z_dim": z_dim,
+            **official_field(tensors, theirs, "synthesis.bg_nerf.", 8, z_dim), "features": features,
+            "samples": pickled.count(renderer, "n_bg_samples", 2, MOST_SAMPLES),
+            "start": pickled.number(camera, "bg_start", 1e-6, 1)}
+
+
+def official_blocks(synthesis: Record, sides: list[int]) -> dict[str, Any]:
+    """What its upsampling blocks have in common."""
+    blocks = [pickled.part(synthesis, f"b{side}") for side in sides]
+    modes = {pickled.told(pickled.part(block, "conv0"), "upsample_mode") for block in blocks}
+    mode = str(modes.pop()) if len(modes) == 1 else "different in its blocks"
+    upsampling = mode.removesuffix("_noblur")
+    if upsampling not in ("nn_cat", "pixelshuffle"):
+        raise CheckpointError(f"its upsample_mode is {pickled.brief(mode)}, not nn_cat or pixelshuffle")
+    decays = {pickled.number(pickled.part(block, name), "magnitude_ema_beta", 0, 1)
+              for block in blocks for name in ("conv0", "conv1")}
+    if len(decays) != 1:
+        raise CheckpointError("its layers' magnitude_ema_beta differ, which ours do not")
+    return {"upsampling": upsampling, "blur": mode == upsampling, "magnitude_decay": decays.pop(),
+            "clamp": official_clamp(pickled.part(block, name) for block in blocks
+                                    for name in ("conv0", "conv1", "torgb"))}
+
+
+def official_clamp(layers: Iterable[Record]) -> Number | None:
+    """The clamp of all these convolutions. Adapters, and what comes in at D's 4², are never clamped in the release."""
+    clamps = {pickled.told(layer, "conv_clamp") for layer in layers}
+    if len(clamps) != 1:
+        raise CheckpointError("its convolutions are clamped differently, which ours are not")
+    (clamp,) = clamps
+    return None if clamp is None else pickled.number({"conv_clamp": clamp}, "conv_clamp", 1e-3, FAR)
+
+
+def refuse_foreign(source: Any, ours: MappingType[str, Any], what: str) -> None:
+    for key, value in ours.items():
+        told = official_plain(pickled.told(source, key, value))
+        if told != value and (key, told) != ("depth_transform", "None"):
+            raise CheckpointError(f"its {what} has {key} = {pickled.brief(told)}; here it is {value!r} always")
+
+
+def refuse_foreign_generator(generator: Record, camera: Any, renderer: Any, upsampler: Any) -> None:
+    """CheckpointError if some part of a generator computes what ours does not, and no shape betrays it."""
+    synthesis = pickled.part(generator, "synthesis")
+    for source, ours, what in (
+        (generator, {"c_dim": 0, "img_channels": 3, "encoder": None}, "generator"), (camera, OUR_CAMERA, "camera"),
+        (renderer, OUR_RENDERER, "renderer"), (upsampler, OUR_UPSAMPLER, "upsampler"),
+        (synthesis, OUR_SYNTHESIS, "synthesis"),
+    ):
+        refuse_foreign(source, ours, what)
+    if pickled.told(synthesis, "I", None) is not None:
+        raise CheckpointError("its field sees features of planes, a grid or a hash table; here it sees encoded points")
+    refuse_foreign(pickled.part(synthesis, "fg_nerf"), OUR_FIELD | {"z_dim": 0, "inverse_sphere": False}, "fg_nerf")
+    if not pickled.flag(renderer, "no_background"):
+        refuse_foreign(pickled.part(synthesis, "bg_nerf"), OUR_FIELD | {"inverse_sphere": True}, "bg_nerf")
+    for path, layer in pickled.modules(generator):
+        linear = path.endswith(("affine", "to_rgb", "adapter.1"))
+        refuse_foreign(layer, {
+            "activation": "linear" if linear else "lrelu", "use_noise": False, "architecture": "skip", "mode": "2d",
+            "bias_gain": 0.01 if path.startswith("mapping.fc") else 1,  # the multiplier of the learning rate
+        }, path)
+        resample = layer.state["_buffers"].get("resample_filter")
+        if isinstance(resample, Tensor) and not torch.equal(resample, TAPS.outer(TAPS)):
+            raise CheckpointError(f"its {path} resamples with another filter than 1 3 3 1")
+
+
+def official_discriminator_numbers(discriminator: Record) -> dict[str, Any]:
+    """What the release's pickled discriminator says of itself, like `official_numbers`."""
+    refuse_foreign(discriminator, OUR_DISCRIMINATOR, "discriminator")
+    pickled.refuse_unfamiliar(discriminator, "skip")
+    tensors = pickled.module_state(discriminator)
+    resolution = pickled.count(discriminator, "img_resolution", 8, MOST_PIXELS)
+    widths = {4: tensors["b4.conv.weight"].shape[0], **pickled.widths_by_resolution(tensors, "b{}.conv0.weight", 8)}
+    if max(widths) != resolution or tensors["b4.conv.weight"].shape[1] != widths[4] + 1:
+        raise CheckpointError(f"its discriminator has no blocks from {resolution}² down, or sees another number of "
+                              "channels of its batch than one")
+    deviation = pickled.part(discriminator, "b4.mbstd")
+    whole_batch = pickled.told(deviation, "group_size") is None
+    return {"model": {"discriminator": {
+        "resolution": resolution,
+        **pickled.channel_numbers(widths),
+        "group": MOST_BATCH if whole_batch else pickled.count(deviation, "group_size", 1, MOST_BATCH),
+        "clamp": official_clamp(layer for path, layer in pickled.modules(discriminator)
+                                if "conv_clamp" in layer.state and path != "b4.fromrgb"),
+        "camera_conditioning": False,
+    }}}
