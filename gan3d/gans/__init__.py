@@ -15,7 +15,8 @@ from gan3d.rendering import Field
 
 @dataclass(frozen=True)
 class Images:
-    """What a generator shows. rgb and raw lie in [−1, 1]; raw is the image before the upsampler (rgb where none)."""
+    """What a generator shows. rgb and raw lie in [−1, 1] (StyleNeRF's, which are linear, may leave it a little); raw is
+    the image before the upsampler (rgb where none)."""
 
     rgb: Float[Tensor, "b 3 h w"]
     raw: Float[Tensor, "b 3 hr wr"]
