@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan3d.cameras import Number
+from gan3d.nn.convolution import resize
 
 # Daubechies' least asymmetric wavelet of 12 taps, "sym6" (App. B). Its squares add up to 1: what is doubled and then
 # halved is what it was.
@@ -248,7 +249,3 @@ def recolour(images: Float[Tensor, "b c h w"], matrix: Float[Tensor, "b 3 3"], o
         return lambda x: (factor[:, None] @ x.unflatten(1, (-1, 3)).flatten(3)).reshape(x.shape)
 
     return Linear.apply(images, by(matrix), by(matrix.mT)) + offset[:, None, None, None]
-
-
-def resize(images: Float[Tensor, "b c h w"], side: int) -> Float[Tensor, "b c {side} {side}"]:
-    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=True)

@@ -3,7 +3,7 @@
 NVIDIA's pickles hold whole networks with their settings; a method's file reads them by these functions.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from gan3d.cameras import Number
 from gan3d.rebuild import CheckpointError, Record
 
 MAX_MODULES = 10_000
+MAX_LAYERS, MAX_PIXELS, MAX_BATCH = 64, 4096, 1024  # of a network, a picture's side, a batch: what a file may ask for
+TAPS = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8  # StyleGAN2's filter
 INSIDE = ("_parameters", "_buffers", "_modules")  # what every nn.Module keeps
 
 
@@ -111,14 +113,52 @@ def channel_numbers(widths: dict[int, int]) -> dict[str, int]:
     return {"channel_base": max(r * width for r, width in widths.items()), "channel_max": max(widths.values())}
 
 
-def common_clamp(network: Record) -> Number | None:
-    """The clamp of all convolutions of a StyleGAN2 network (its residual paths have none)."""
-    clamps = {told(layer, "conv_clamp") for path, layer in modules(network)
-              if "conv_clamp" in layer.state and not path.endswith("skip")}
+def layers(tensors: Mapping[str, Tensor], name: str) -> int:
+    """How many of name.format(0), name.format(1), … there are."""
+    return sum(name.format(i) in tensors for i in range(MAX_LAYERS))
+
+
+def clamped(network: Record, but: str) -> list[Record]:
+    """The convolutions that have a clamp or could have one, but for those whose path ends in `but`."""
+    return [layer for path, layer in modules(network) if "conv_clamp" in layer.state and not path.endswith(but)]
+
+
+def common_clamp(convolutions: Iterable[Record]) -> Number | None:
+    """The clamp of all these."""
+    clamps = {told(layer, "conv_clamp") for layer in convolutions}
     if len(clamps) != 1:
         raise CheckpointError("its convolutions are clamped differently, which ours are not")
     (clamp,) = clamps
     return None if clamp is None else number({"conv_clamp": clamp}, "conv_clamp", 1e-3, 1e6)
+
+
+def discriminator_numbers(discriminator: Record) -> dict[str, Any]:
+    """The resolution, widths and batch groups of a StyleGAN2 discriminator, by the names of ours."""
+    tensors = module_state(discriminator)
+    resolution, last = count(discriminator, "img_resolution", 8, MAX_PIXELS), tensors["b4.conv.weight"]
+    widths = {4: last.shape[0], **widths_by_resolution(tensors, "b{}.conv0.weight", 8)}
+    if max(widths) != resolution or last.shape[1] != widths[4] + 1:
+        raise CheckpointError(f"its discriminator has no blocks from {resolution}² down, or sees another number of "
+                              "channels of its batch than one")
+    deviation = part(discriminator, "b4.mbstd")
+    whole_batch = told(deviation, "group_size") is None
+    return {"resolution": resolution, **channel_numbers(widths),
+            "group": MAX_BATCH if whole_batch else count(deviation, "group_size", 1, MAX_BATCH)}
+
+
+def refuse(source: Any, ours: Mapping[str, Any], what: str) -> None:
+    """CheckpointError if a record or dict says of one of these keys what ours never is."""
+    for key, value in ours.items():
+        if told(source, key, value) != value:
+            raise CheckpointError(f"its {what} has {key} = {brief(told(source, key))}; here it is {value!r} always")
+
+
+def refuse_filters(network: Record) -> None:
+    """CheckpointError if a layer of a StyleGAN2 network resamples otherwise than all others do."""
+    for path, layer in modules(network):
+        resample = layer.state["_buffers"].get("resample_filter")
+        if isinstance(resample, Tensor) and not torch.equal(resample, TAPS.outer(TAPS)):
+            raise CheckpointError(f"its {path} resamples with another filter than 1 3 3 1")
 
 
 def refuse_unfamiliar(network: Record, architecture: str) -> None:
@@ -126,16 +166,11 @@ def refuse_unfamiliar(network: Record, architecture: str) -> None:
 
     These are arguments of NVIDIA's classes that their training scripts give no switch for; so no shape betrays them.
     """
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    refuse_filters(network)
     for path, layer in modules(network):
         linear = path.rpartition(".")[2] in ("affine", "embed", "out", "skip", "0", "2")  # 0, 2: EG3D's decoder.net
         usual: dict[str, Any] = {"activation": "linear" if linear else "lrelu", "use_noise": True,
                                  "architecture": architecture}
         if "mapping.fc" in path:
             usual["bias_gain"] = 0.01  # the multiplier of the mapping's learning rate
-        for key, value in usual.items():
-            if told(layer, key, value) != value:
-                raise CheckpointError(f"its {path} has {key} = {brief(told(layer, key))}; here it is {value!r} always")
-        resample = layer.state["_buffers"].get("resample_filter")
-        if isinstance(resample, Tensor) and not torch.equal(resample, taps.outer(taps)):
-            raise CheckpointError(f"its {path} resamples with another filter than 1 3 3 1")
+        refuse(layer, usual, path)

@@ -68,6 +68,7 @@ class Discriminator(Protocol):
     """Images `[b 3 h w]` in [−1, 1] → Verdict. `fade` in [0, 1] blends a new resolution in.
 
     `raw`: the image before the upsampler `[b 3 hr wr]`, for those that judge both (EG3D); handed over if model.dual.
+    One that must be told the camera of every photograph says so by `needs_camera = True`.
     """
 
     def __call__(self, images: Tensor, fade: float = 1.0, camera: Camera | None = None, raw: Tensor | None = None

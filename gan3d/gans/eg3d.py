@@ -18,6 +18,7 @@ from gan3d import ops, pickled
 from gan3d.cameras import CONDITION_DIM, Camera, Number, condition
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
+from gan3d.nn.convolution import resize
 from gan3d.nn.discriminators import Verdict
 from gan3d.nn.stylegan2 import FullyConnected, Mapping, Noise, StyleGAN2Discriminator, Synthesis, SynthesisBlock
 from gan3d.ramps import Ramp
@@ -82,9 +83,7 @@ class SuperResolution(nn.Module):
     def forward(self, features: Float[Tensor, "b c h w"], ws: Float[Tensor, "b l d"]
                 ) -> tuple[Float[Tensor, "b 3 r r"], Float[Tensor, "b 3 q q"]]:
         """The picture, and what it was after the first block. Every layer gets the last w."""
-        if features.shape[-1] != self.input_resolution:
-            size = (self.input_resolution, self.input_resolution)
-            features = F.interpolate(features, size=size, mode="bilinear", align_corners=False, antialias=True)
+        features = resize(features, self.input_resolution)
         w = ws[:, -1:].expand(-1, 3, -1)
         noise: Noise = "const" if self.noise == "random" and not self.training else self.noise
         x, first = self.block0(features, features[:, :3], w, noise)
@@ -343,9 +342,7 @@ class DualDiscriminator(StyleGAN2Discriminator):
         if self.dual:
             if raw is None:
                 raise ValueError("dual discrimination needs raw images: set model.dual=true")
-            if raw.shape[-1] != images.shape[-1]:
-                raw = F.interpolate(raw, size=images.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-            images = torch.cat([images, raw], dim=1)
+            images = torch.cat([images, resize(raw, images.shape[-1])], dim=1)
         return Verdict(super().forward(images, condition(camera).to(images)))
 
 
@@ -354,7 +351,7 @@ class DualDiscriminator(StyleGAN2Discriminator):
 PUBLISHED = ("ffhq512-64.pkl, ffhq512-128.pkl, ffhqrebalanced512-64.pkl, ffhqrebalanced512-128.pkl, "
              "afhqcats512-128.pkl, shapenetcars128-64.pkl at https://catalog.ngc.nvidia.com/orgs/nvidia/teams/research/models/eg3d")
 FAR = 1e6  # beyond anything: where the box alone limits the rays
-MOST_SAMPLES, MOST_PIXELS, MOST_BATCH = 1024, 1024, 1024  # what a file may ask for
+MOST_SAMPLES, MOST_PIXELS = 1024, 1024  # what a file may ask for
 
 
 def official_discriminator(tensors: MappingType[str, Tensor]) -> dict[str, Tensor]:
@@ -394,11 +391,11 @@ def official_numbers(generator: Record) -> dict[str, Any]:
             "box": pickled.number(options, "box_warp", 1e-3, 1000),
             "z_dim": pickled.count(generator, "z_dim", 1, 4096),
             "w_dim": embed.shape[0],
-            "mapping_depth": sum(f"backbone.mapping.fc{i}.weight" in tensors for i in range(64)),
+            "mapping_depth": pickled.layers(tensors, "backbone.mapping.fc{}.weight"),
             "plane_resolution": max(widths),
             "plane_channels": tensors["backbone.synthesis.b4.torgb.weight"].shape[0] // 3,
             **pickled.channel_numbers(widths),
-            "clamp": pickled.common_clamp(pickled.part(generator, "backbone.synthesis")),
+            "clamp": pickled.common_clamp(pickled.clamped(pickled.part(generator, "backbone.synthesis"), but="skip")),
             "plane_axes": official_axes(generator),
             "decoder_width": decoder.shape[0],
             "decoder_lr_multiplier": pickled.number(pickled.part(generator, "decoder.net.0"), "bias_gain", 1e-6, 1000),
@@ -430,7 +427,7 @@ def official_superresolution(generator: Record, tensors: MappingType[str, Tensor
     weights = [tensors[f"superresolution.block{i}.conv0.weight"] for i in (0, 1)]
     return resolution, {"_target_": "gan3d.gans.eg3d.SuperResolution", "input_channels": weights[0].shape[1],
                         "input_resolution": size, "channels": [w.shape[0] for w in weights], "first_up": first_up,
-                        "clamp": pickled.common_clamp(theirs), "noise": noise}
+                        "clamp": pickled.common_clamp(pickled.clamped(theirs, but="skip")), "noise": noise}
 
 
 def official_bounds(options: Any) -> dict[str, Any]:
@@ -460,21 +457,15 @@ def official_discriminator_numbers(discriminator: Record) -> dict[str, Any]:
     """What the release's pickled discriminator says of itself, like `official_numbers`."""
     pickled.refuse_unfamiliar(discriminator, "resnet")
     tensors = pickled.module_state(discriminator)
-    resolution = pickled.count(discriminator, "img_resolution", 8, 4 * MOST_PIXELS)
+    numbers = pickled.discriminator_numbers(discriminator)
     if pickled.number(discriminator, "raw_fade", 0, 1, 1) != 1:
         raise CheckpointError("its discriminator fades the raw image out, which ours does not")
-    images, first = tensors[f"b{resolution}.fromrgb.weight"].shape[1], tensors["b4.conv.weight"]
-    if images not in (3, 6) or first.shape[1] != first.shape[0] + 1:
-        raise CheckpointError("its discriminator sees other channels than rgb, once or twice, and one of the batch's")
-    widths = {4: first.shape[0], **pickled.widths_by_resolution(tensors, "b{}.conv0.weight", 8)}
-    deviation = pickled.part(discriminator, "b4.mbstd")
-    whole_batch = pickled.told(deviation, "group_size") is None
-    numbers = {
-        "resolution": resolution,
-        **pickled.channel_numbers(widths),
-        "mapping_depth": sum(f"mapping.fc{i}.weight" in tensors for i in range(64)),
-        "group": MOST_BATCH if whole_batch else pickled.count(deviation, "group_size", 1, MOST_BATCH),
+    images = tensors[f"b{numbers['resolution']}.fromrgb.weight"].shape[1]
+    if images not in (3, 6):
+        raise CheckpointError("its discriminator sees other channels than rgb, once or twice")
+    numbers |= {
+        "mapping_depth": pickled.layers(tensors, "mapping.fc{}.weight"),
         "dual": images == 6,
-        "clamp": pickled.common_clamp(discriminator),
+        "clamp": pickled.common_clamp(pickled.clamped(discriminator, but="skip")),  # residual paths have none
     }
     return {"model": {"dual": images == 6, "discriminator": numbers}}

@@ -11,7 +11,6 @@ prevents by an addition in place; the discriminator's step does without that pat
 """
 
 import math
-from collections.abc import Iterable
 from collections.abc import Mapping as MappingType
 from typing import Any, NamedTuple
 
@@ -466,8 +465,8 @@ class StyleNeRF(nn.Module):
         k = camera.intrinsics
         lens = torch.eye(4, device=k.device, dtype=k.dtype).repeat(len(k), 1, 1)
         lens[:, 0, 0], lens[:, 1, 1] = 1 / (2 * k[:, 0, 0]), 1 / (2 * k[:, 1, 1])
-        lens[:, 0, 1] = k[:, 0, 1] / k[:, 0, 0] * lens[:, 1, 1]
         lens[:, 0, 2], lens[:, 1, 2] = (k[:, 0, 2] - 0.5) / k[:, 0, 0], (0.5 - k[:, 1, 2]) / k[:, 1, 1]
+        lens[:, 0] += (k[:, 0, 1] / k[:, 0, 0])[:, None] * lens[:, 1]  # skew
         seen = (flip_axes(camera.camera_to_world) @ lens) @ local.expand(len(k), -1, -1)
         directions = seen[:, :3].mT - camera.position[:, None]
         if self.bounds.planar:
@@ -671,7 +670,7 @@ def blocks_in_use(alpha: float, n: int) -> int:
 # The release's pickles
 
 PUBLISHED = "ffhq_256.pkl, ffhq_512.pkl, ffhq_1024.pkl at https://huggingface.co/facebook/stylenerf-ffhq-config-basic"
-MOST_LAYERS, MOST_SAMPLES, MOST_PIXELS, MOST_BATCH = 64, 1024, 4096, 1024  # what a file may ask for
+MOST_SAMPLES = 1024  # what a file may ask for
 FAR = 1e6
 OFFICIAL_PARTS = {"mapping": "mapper", "synthesis.fg_nerf": "foreground", "synthesis.bg_nerf": "background",
                   "synthesis.alpha": "alpha"}
@@ -712,7 +711,6 @@ OUR_FIELD = {"use_sdf": False, "use_viewdirs": False, "use_normal": False, "use_
              "downscale_p_by": 1, "positional_encoding": "normal"}
 OUR_DISCRIMINATOR = {"c_dim": 0, "predict_camera": False, "separate_camera": False, "dual_discriminator": False,
                      "dual_input_ratio": None}
-TAPS = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
 
 
 def official_numbers(generator: Record) -> dict[str, Any]:
@@ -726,10 +724,11 @@ def official_numbers(generator: Record) -> dict[str, Any]:
     camera = CAMERA | official_settings(synthesis, "C", "camera_kwargs")
     renderer = RENDERER | official_settings(synthesis, "V", "renderer_kwargs")
     refuse_foreign_generator(generator, camera, renderer, official_settings(synthesis, "U", "upsampler_kwargs"))
-    side = pickled.count(synthesis, "resolution_vol", 1, MOST_PIXELS)
-    last = pickled.count(generator, "img_resolution", 4, MOST_PIXELS)
+    side = pickled.count(synthesis, "resolution_vol", 1, pickled.MAX_PIXELS)
+    last = pickled.count(generator, "img_resolution", 4, pickled.MAX_PIXELS)
     widths = pickled.widths_by_resolution(tensors, "synthesis.b{}.conv1.weight", 2 * side)
-    if not widths or max(widths) != last or pickled.count(synthesis, "resolution_start", 1, MOST_PIXELS, side) != side:
+    start = pickled.count(synthesis, "resolution_start", 1, pickled.MAX_PIXELS, side)
+    if not widths or max(widths) != last or start != side:
         raise CheckpointError(f"its pictures do not grow to {last}² from the {side}² that are rendered")
     alpha = official_alpha(tensors)
     samples = pickled.count(renderer, "n_ray_samples", 4, MOST_SAMPLES)
@@ -740,7 +739,7 @@ def official_numbers(generator: Record) -> dict[str, Any]:
             "render_resolution": side,
             "z_dim": tensors["mapping.fc0.weight"].shape[1],
             "w_dim": tensors["synthesis.fg_nerf.fc_in.affine.weight"].shape[1],
-            "mapping_depth": layers(tensors, "mapping.fc{}.weight"),
+            "mapping_depth": pickled.layers(tensors, "mapping.fc{}.weight"),
             **official_field(tensors, pickled.part(synthesis, "fg_nerf"), "synthesis.fg_nerf.", 6),
             "features": features,
             "background": official_background(tensors, synthesis, camera, renderer, features),
@@ -826,10 +825,6 @@ def official_world(camera: MappingType[str, Any]) -> dict[str, Any]:
     }
 
 
-def layers(tensors: MappingType[str, Tensor], name: str) -> int:
-    return sum(name.format(i) in tensors for i in range(MOST_LAYERS))
-
-
 def official_field(tensors: MappingType[str, Tensor], theirs: Record, prefix: str, per_octave: int, more: int = 0
                    ) -> dict[str, int]:
     """Width, depth and octaves of a field whose input is the encoded point and `more` numbers."""
@@ -837,7 +832,7 @@ def official_field(tensors: MappingType[str, Tensor], theirs: Record, prefix: st
     octaves = pickled.count(theirs, "n_freq_posenc", 1, 64, 10)
     if inputs != per_octave * octaves + more or prefix + "to_rgb.weight" not in tensors:
         raise CheckpointError(f"its {prefix[:-1]} is not told {octaves} octaves of a point, or predicts no rgb")
-    return {"width": width, "depth": 1 + layers(tensors, prefix + "blocks.{}.weight"), "octaves": octaves}
+    return {"width": width, "depth": 1 + pickled.layers(tensors, prefix + "blocks.{}.weight"), "octaves": octaves}
 
 
 def official_background(tensors: MappingType[str, Tensor], synthesis: Record, camera: MappingType[str, Any],
@@ -865,24 +860,16 @@ def official_blocks(synthesis: Record, sides: list[int]) -> dict[str, Any]:
     if len(decays) != 1:
         raise CheckpointError("its layers' magnitude_ema_beta differ, which ours do not")
     return {"upsampling": upsampling, "blur": mode == upsampling, "magnitude_decay": decays.pop(),
-            "clamp": official_clamp(pickled.part(block, name) for block in blocks
+            "clamp": pickled.common_clamp(pickled.part(block, name) for block in blocks
                                     for name in ("conv0", "conv1", "torgb"))}
 
 
-def official_clamp(layers: Iterable[Record]) -> Number | None:
-    """The clamp of all these convolutions. Adapters, and what comes in at D's 4², are never clamped in the release."""
-    clamps = {pickled.told(layer, "conv_clamp") for layer in layers}
-    if len(clamps) != 1:
-        raise CheckpointError("its convolutions are clamped differently, which ours are not")
-    (clamp,) = clamps
-    return None if clamp is None else pickled.number({"conv_clamp": clamp}, "conv_clamp", 1e-3, FAR)
-
-
 def refuse_foreign(source: Any, ours: MappingType[str, Any], what: str) -> None:
-    for key, value in ours.items():
-        told = official_plain(pickled.told(source, key, value))
-        if told != value and (key, told) != ("depth_transform", "None"):
-            raise CheckpointError(f"its {what} has {key} = {pickled.brief(told)}; here it is {value!r} always")
+    entries = source.state if isinstance(source, Record) else source
+    plain = {key: official_plain(value) for key, value in entries.items()} if isinstance(entries, dict) else {}
+    if plain.get("depth_transform") == "None":
+        plain["depth_transform"] = None
+    pickled.refuse(plain, ours, what)
 
 
 def refuse_foreign_generator(generator: Record, camera: Any, renderer: Any, upsampler: Any) -> None:
@@ -899,34 +886,22 @@ def refuse_foreign_generator(generator: Record, camera: Any, renderer: Any, upsa
     refuse_foreign(pickled.part(synthesis, "fg_nerf"), OUR_FIELD | {"z_dim": 0, "inverse_sphere": False}, "fg_nerf")
     if not pickled.flag(renderer, "no_background"):
         refuse_foreign(pickled.part(synthesis, "bg_nerf"), OUR_FIELD | {"inverse_sphere": True}, "bg_nerf")
+    pickled.refuse_filters(generator)
     for path, layer in pickled.modules(generator):
         linear = path.endswith(("affine", "to_rgb", "adapter.1"))
         refuse_foreign(layer, {
             "activation": "linear" if linear else "lrelu", "use_noise": False, "architecture": "skip", "mode": "2d",
             "bias_gain": 0.01 if path.startswith("mapping.fc") else 1,  # the multiplier of the learning rate
         }, path)
-        resample = layer.state["_buffers"].get("resample_filter")
-        if isinstance(resample, Tensor) and not torch.equal(resample, TAPS.outer(TAPS)):
-            raise CheckpointError(f"its {path} resamples with another filter than 1 3 3 1")
 
 
 def official_discriminator_numbers(discriminator: Record) -> dict[str, Any]:
     """What the release's pickled discriminator says of itself, like `official_numbers`."""
     refuse_foreign(discriminator, OUR_DISCRIMINATOR, "discriminator")
     pickled.refuse_unfamiliar(discriminator, "skip")
-    tensors = pickled.module_state(discriminator)
-    resolution = pickled.count(discriminator, "img_resolution", 8, MOST_PIXELS)
-    widths = {4: tensors["b4.conv.weight"].shape[0], **pickled.widths_by_resolution(tensors, "b{}.conv0.weight", 8)}
-    if max(widths) != resolution or tensors["b4.conv.weight"].shape[1] != widths[4] + 1:
-        raise CheckpointError(f"its discriminator has no blocks from {resolution}² down, or sees another number of "
-                              "channels of its batch than one")
-    deviation = pickled.part(discriminator, "b4.mbstd")
-    whole_batch = pickled.told(deviation, "group_size") is None
+    unclamped = "b4.fromrgb"  # in the release what comes in at 4² never is clamped
     return {"model": {"discriminator": {
-        "resolution": resolution,
-        **pickled.channel_numbers(widths),
-        "group": MOST_BATCH if whole_batch else pickled.count(deviation, "group_size", 1, MOST_BATCH),
-        "clamp": official_clamp(layer for path, layer in pickled.modules(discriminator)
-                                if "conv_clamp" in layer.state and path != "b4.fromrgb"),
+        **pickled.discriminator_numbers(discriminator),
+        "clamp": pickled.common_clamp(pickled.clamped(discriminator, but=unclamped)),
         "camera_conditioning": False,
     }}}

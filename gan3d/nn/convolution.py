@@ -164,6 +164,13 @@ def downsampling_convolution(x: Tensor, weight: Float[Tensor, "o c k k"]) -> Flo
     return convolve(smooth(x, padding=2), weight, None, 2, 0)
 
 
+def resize(x: Float[Tensor, "b c _ _"], side: int) -> Float[Tensor, "b c {side} {side}"]:
+    """Square pictures of another side, bilinear, filtered as they shrink; untouched if they have it."""
+    if x.shape[-1] == side:
+        return x
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+
+
 def gaussian_blur(x: Float[Tensor, "b c h w"], sigma: Number) -> Float[Tensor, "b c h w"]:
     """x blurred by 2^(−(distance/sigma)²) in both directions, cut at 3 sigma; zeros outside. StyleGAN3's trainer.
 

@@ -15,9 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gan3d.nn.parallel import share_out
+from gan3d.nn.parallel import active_blocks, add_up, all_blocks, block_rows, share_out
 
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**25}  # of one layer's activations: two such blocks fill a core's 2 MB of cache
 Encode = Callable[[Tensor], Tensor]
 
 
@@ -83,7 +82,7 @@ class _RadianceMLP(torch.autograd.Function):
         images, count, _ = points.shape
         density, colour = points.new_empty(images, count, 1), points.new_empty(images, count, 3)
         ray = torch.arange(count, device=points.device) // (count // ray_bias.shape[1])
-        block = _block_rows(weights)
+        block = block_rows(weights.density.shape[1], points)
 
         def run(blocks: Sequence[tuple[int, slice]]) -> None:
             scratch = points.new_empty(2, min(block, count), weights.density.shape[1])
@@ -94,8 +93,7 @@ class _RadianceMLP(torch.autograd.Function):
                 torch.addmm(weights.density_bias, hidden, weights.density.T, out=density[image, rows])
                 torch.addmm(weights.colour_bias, branch, weights.colour.T, out=colour[image, rows])
 
-        starts = range(0, count, block)
-        share_out(run, [(i, slice(k, min(k + block, count))) for i in range(images) for k in starts], points.device)
+        share_out(run, all_blocks(images, count, block), points.device)
         return density[..., 0], colour
 
     @staticmethod
@@ -122,14 +120,9 @@ class _RadianceMLP(torch.autograd.Function):
             return [grad_ray, *_flatten(grads)]
 
         active = (grad_density != 0) | (grad_colour != 0).any(-1)
-        blocks = [(image, rows) for image, hit in enumerate(active)
-                  for rows in hit.nonzero()[:, 0].split(_block_rows(weights))]
-        first, *others = share_out(run, blocks, points.device)
-        for other in others:
-            for total, part in zip(first, other, strict=True):
-                if total is not None and part is not None:
-                    total += part
-        return None, first[0], None, None, None, *first[1:]
+        blocks = active_blocks(active, block_rows(weights.density.shape[1], points))
+        grad_rays, *grads = add_up(share_out(run, blocks, points.device))
+        return None, grad_rays, None, None, None, *grads
 
 
 def _flatten(weights: RadianceWeights) -> tuple[Tensor | None, ...]:
@@ -142,36 +135,31 @@ def _unflatten(flat: Sequence[Tensor | None], layers: int, skip_to: int) -> Radi
     return RadianceWeights(tuple(flat[:layers]), tuple(flat[layers : 2 * layers]), skip, skip_to, *heads)
 
 
-def _block_rows(weights: RadianceWeights) -> int:
-    one = weights.density
-    return max(1, BLOCK_BYTES["cpu" if one.device.type == "cpu" else "cuda"] // (one.element_size() * one.shape[1]))
-
-
 def _trunk(inputs: Float[Tensor, "p i"], image: int, weights: RadianceWeights, out: Sequence[Tensor]) -> Tensor:
     """The hidden layers at one image's points, each written to its tensor of `out` (two may take turns); the last."""
     hidden = inputs
     for layer, (weight, bias) in enumerate(zip(weights.trunk, weights.biases, strict=True)):
         torch.addmm(bias[image], hidden, weight.T, out=out[layer])
         if layer == weights.skip_to and weights.skip is not None:
-            _add_product(out[layer], inputs, weights.skip.T)
+            add_product(out[layer], inputs, weights.skip.T)
         hidden = out[layer].relu_()
     return hidden
 
 
 def _branch(hidden: Float[Tensor, "p c"], ray_bias: Float[Tensor, "n k"], ray: Int[Tensor, " p"],
             weights: RadianceWeights) -> Float[Tensor, "p k"]:
-    return _add_product(ray_bias.index_select(0, ray), hidden, weights.branch.T).relu_()
+    return add_product(ray_bias.index_select(0, ray), hidden, weights.branch.T).relu_()
 
 
 def _pull_heads(grad_density, grad_colour, hidden, branch, weights: RadianceWeights, grads: RadianceWeights):
     """Adds the heads' gradients to `grads`; returns those before the branch's ReLU and of the last hidden layer."""
-    _add_product(grads.colour, grad_colour.T, branch)
+    add_product(grads.colour, grad_colour.T, branch)
     grads.colour_bias.add_(grad_colour.sum(0))
     grad_branch = _through_relu(grad_colour @ weights.colour, branch)
-    _add_product(grads.branch, grad_branch.T, hidden)
-    _add_product(grads.density, grad_density.T, hidden)
+    add_product(grads.branch, grad_branch.T, hidden)
+    add_product(grads.density, grad_density.T, hidden)
     grads.density_bias.add_(grad_density.sum(0))
-    return grad_branch, _add_product(grad_density @ weights.density, grad_branch, weights.branch)
+    return grad_branch, add_product(grad_density @ weights.density, grad_branch, weights.branch)
 
 
 def _pull_trunk(grad, inputs, hidden, image: int, weights: RadianceWeights, grads: RadianceWeights) -> None:
@@ -179,14 +167,14 @@ def _pull_trunk(grad, inputs, hidden, image: int, weights: RadianceWeights, grad
     for layer in reversed(range(len(hidden))):
         grad = _through_relu(grad, hidden[layer])
         grads.biases[layer][image].add_(grad.sum(0))
-        _add_product(grads.trunk[layer], grad.T, hidden[layer - 1] if layer else inputs)
+        add_product(grads.trunk[layer], grad.T, hidden[layer - 1] if layer else inputs)
         if layer == weights.skip_to and weights.skip is not None:
-            _add_product(grads.skip, grad.T, inputs)
+            add_product(grads.skip, grad.T, inputs)
         if layer:
             grad = grad @ weights.trunk[layer]
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """total += left @ right; written so that `count_flops` sees it, which overlooks addmm_."""
     return torch.addmm(total, left, right, out=total)
 

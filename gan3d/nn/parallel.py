@@ -10,13 +10,41 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
+BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**25}  # of one layer's activations: two such blocks fill a core's 2 MB of cache
 THREADS = torch.get_num_threads()  # OMP_NUM_THREADS, or the cores there are
 _pool: ThreadPoolExecutor | None = None
+
+
+def block_rows(width: int, like: Tensor) -> int:
+    """How many points of so many channels, of the type and on the device of `like`, make a block."""
+    return max(1, BLOCK_BYTES["cpu" if like.device.type == "cpu" else "cuda"] // (like.element_size() * width))
+
+
+def all_blocks(images: int, points: int, rows: int) -> list[tuple[int, slice]]:
+    """(image, its points) for blocks of `rows` points."""
+    return [(i, slice(k, min(k + rows, points))) for i in range(images) for k in range(0, points, rows)]
+
+
+def active_blocks(active: Bool[Tensor, "b p"], rows: int) -> list[tuple[int, Int[Tensor, " r"]]]:
+    """(image, indices of its active points) for blocks of `rows` points."""
+    return [(image, block) for image, hit in enumerate(active) for block in hit.nonzero()[:, 0].split(rows)]
+
+
+def add_up(shares: Sequence[list]) -> list:
+    """The sums over all shares' tensors, place by place, in the first share's; None stays None."""
+    total, *others = shares
+    for other in others:
+        for mine, theirs in zip(total, other, strict=True):
+            if mine is not None:
+                mine += theirs
+    return total
 
 
 def share_out(run: Callable[[Sequence[Piece]], Result], pieces: Sequence[Piece], device: torch.device) -> list[Result]:

@@ -6,7 +6,7 @@ points that stay in the processor's cache and remembers no activation: the backw
 for points whose gradient is not zero. Where a ReLU makes the density, that is about every second point.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,11 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from gan3d.nn.parallel import share_out
+from gan3d.nn.mlp import Encode, add_product
+from gan3d.nn.parallel import active_blocks, add_up, all_blocks, block_rows, share_out
 
 SLOPE = 0.2
-BLOCK_BYTES = {"cpu": 2**20, "cuda": 2**25}  # of one layer's activations: two such blocks fill a core's 2 MB of cache
-Encode = Callable[[Tensor], Tensor]
 
 
 class StyledWeights(NamedTuple):
@@ -65,7 +64,8 @@ class _StyledMLP(torch.autograd.Function):
         ctx.encode, ctx.layers = encode, layers
         weights = _unflatten(flat, layers)
         images, count, _ = points.shape
-        width, block = weights.density.shape[-1], _block_rows(weights)
+        width = weights.density.shape[-1]
+        block = block_rows(width, points)
         density, hidden = points.new_empty(images, count, 1), points.new_empty(images, count, width)
 
         def run(blocks: Sequence[tuple[int, slice]]) -> None:
@@ -75,8 +75,7 @@ class _StyledMLP(torch.autograd.Function):
                 last = _trunk(encode(points[image, rows]), image, weights, [*turns, hidden[image, rows]])
                 torch.addmm(weights.density_bias, last, weights.density[image].T, out=density[image, rows])
 
-        starts = range(0, count, block)
-        share_out(run, [(i, slice(k, min(k + block, count))) for i in range(images) for k in starts], points.device)
+        share_out(run, all_blocks(images, count, block), points.device)
         return density[..., 0], hidden
 
     @staticmethod
@@ -93,20 +92,15 @@ class _StyledMLP(torch.autograd.Function):
                 hidden = inputs.new_empty(ctx.layers, len(rows), weights.density.shape[-1]).unbind()
                 _trunk(inputs, image, weights, hidden)
                 pull = grad_density[image].index_select(0, rows)[:, None]
-                _add_product(grads.density[image], pull.T, hidden[-1])
+                add_product(grads.density[image], pull.T, hidden[-1])
                 grads.density_bias.add_(pull.sum(0))
-                grad = _add_product(grad_hidden[image].index_select(0, rows), pull, weights.density[image])
+                grad = add_product(grad_hidden[image].index_select(0, rows), pull, weights.density[image])
                 _pull_trunk(grad, inputs, hidden, image, weights, grads)
             return list(_flatten(grads))
 
         active = (grad_density != 0) | (grad_hidden != 0).any(-1)
-        blocks = [(image, rows) for image, hit in enumerate(active)
-                  for rows in hit.nonzero()[:, 0].split(_block_rows(weights))]
-        total, *others = share_out(run, blocks, points.device)
-        for other in others:
-            for mine, theirs in zip(total, other, strict=True):
-                mine += theirs
-        return None, None, None, *total
+        blocks = active_blocks(active, block_rows(weights.density.shape[-1], points))
+        return None, None, None, *add_up(share_out(run, blocks, points.device))
 
 
 def _flatten(weights: StyledWeights) -> tuple[Tensor, ...]:
@@ -115,11 +109,6 @@ def _flatten(weights: StyledWeights) -> tuple[Tensor, ...]:
 
 def _unflatten(flat: Sequence[Tensor], layers: int) -> StyledWeights:
     return StyledWeights(tuple(flat[:layers]), tuple(flat[layers : 2 * layers]), *flat[2 * layers :])
-
-
-def _block_rows(weights: StyledWeights) -> int:
-    one = weights.density
-    return max(1, BLOCK_BYTES["cpu" if one.device.type == "cpu" else "cuda"] // (one.element_size() * one.shape[-1]))
 
 
 def _trunk(inputs: Float[Tensor, "p i"], image: int, weights: StyledWeights, out: Sequence[Tensor]) -> Tensor:
@@ -136,14 +125,9 @@ def _pull_trunk(grad, inputs, hidden, image: int, weights: StyledWeights, grads:
     for layer in reversed(range(len(hidden))):
         grad = torch.ops.aten.leaky_relu_backward.grad_input(grad, hidden[layer], SLOPE, True, grad_input=grad)
         grads.biases[layer].add_(grad.sum(0))
-        _add_product(grads.trunk[layer][image], grad.T, hidden[layer - 1] if layer else inputs)
+        add_product(grads.trunk[layer][image], grad.T, hidden[layer - 1] if layer else inputs)
         if layer:
             grad = grad @ weights.trunk[layer][image]
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total += left @ right; written so that `count_flops` sees it, which overlooks addmm_."""
-    return torch.addmm(total, left, right, out=total)
 
 
 def _plain_gradients(ctx, points, weights: StyledWeights, grad_density, grad_hidden):

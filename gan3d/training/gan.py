@@ -20,7 +20,7 @@ from gan3d.augmentation import Augment
 from gan3d.cameras import Camera, Number
 from gan3d.gans import Images, Verdict
 from gan3d.losses import R1, PathLength, TopK, discriminator_loss, generator_loss
-from gan3d.nn.convolution import gaussian_blur
+from gan3d.nn.convolution import gaussian_blur, resize
 from gan3d.poses import PosePrior
 from gan3d.ramps import Growth, Ramp
 from gan3d.rays import Patch, PatchSampler
@@ -290,8 +290,7 @@ class GANModule(pl.LightningModule):
 
     def shrunk(self, images: Tensor, size: int) -> Tensor:
         """Photographs as the generator's raw images would be: of their size, and blurred as much as the rest."""
-        raw = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
-        return gaussian_blur(raw, self.blur_now())
+        return gaussian_blur(resize(images, size), self.blur_now())
 
     def judge(self, images: Tensor, raw: Tensor | None, camera: Camera | None) -> Verdict:
         images = gaussian_blur(images.float(), self.blur_now())

@@ -53,7 +53,7 @@ def gradients(function, x, ray_bias, w, seen):
 @pytest.fixture(autouse=True, params=[1, 3])
 def small_blocks(monkeypatch, request):
     """Blocks of four points, which do not divide the points; on one thread and on three."""
-    monkeypatch.setitem(mlp.BLOCK_BYTES, "cpu", 4 * 6 * 8)
+    monkeypatch.setitem(parallel.BLOCK_BYTES, "cpu", 4 * 6 * 8)
     monkeypatch.setattr(parallel, "THREADS", request.param)
 
 

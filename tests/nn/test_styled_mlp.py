@@ -28,7 +28,7 @@ def points(images: int = 2, count: int = 23) -> torch.Tensor:
 
 @pytest.fixture(params=[8, 1000], ids=["many blocks", "one block"], autouse=True)
 def block(request, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_block_rows", lambda weights: request.param)
+    monkeypatch.setattr(module, "block_rows", lambda width, like: request.param)
 
 
 def test_values_and_gradients_are_those_of_the_equations() -> None:
