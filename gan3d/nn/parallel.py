@@ -5,7 +5,7 @@ that wait is a scheduler's time slice thousands of times a step: a training step
 beside one busy process. Here a thread takes a share of the points through the whole network and meets the others once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,9 +22,19 @@ THREADS = torch.get_num_threads()  # OMP_NUM_THREADS, or the cores there are
 _pool: ThreadPoolExecutor | None = None
 
 
+def per_device(table: Mapping[str, int], like: Tensor) -> int:
+    """The entry for the device of `like`: "cpu", or "cuda" for all others."""
+    return table["cpu" if like.device.type == "cpu" else "cuda"]
+
+
 def block_rows(width: int, like: Tensor) -> int:
     """How many points of so many channels, of the type and on the device of `like`, make a block."""
-    return max(1, BLOCK_BYTES["cpu" if like.device.type == "cpu" else "cuda"] // (like.element_size() * width))
+    return max(1, per_device(BLOCK_BYTES, like) // (like.element_size() * width))
+
+
+def size_of(block: Tensor | slice) -> int:
+    """Points in a block of `all_blocks` or `active_blocks`."""
+    return block.stop - block.start if isinstance(block, slice) else len(block)
 
 
 def all_blocks(images: int, points: int, rows: int) -> list[tuple[int, slice]]:

@@ -7,19 +7,21 @@ image instead of two large ones per point, and what remains is a plain sine netw
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan3d.cameras import Number
-from gan3d.nn.parallel import share_out
+from gan3d.nn.mlp import add_product
+from gan3d.nn.parallel import active_blocks, add_up, all_blocks, block_rows, per_device, share_out, size_of
 
 FREQUENCY_SCALE, FREQUENCY_SHIFT = 15.0, 30.0  # frequency = 15·raw + 30 (released code; supp. of pi-GAN)
 INIT_FREQUENCY = 25.0  # released code; SIREN itself has 30
-CPU_BLOCK_BYTES = 768 << 10  # of a layer's activations: they stay in a core's cache; fewer starve the matrix product
-DEVICE_BLOCK_BYTES = 1 << 28
+KEPT_BYTES = {"cpu": 1 << 30, "cuda": 1 << 33}  # of activations that one call remembers for its gradient
 
 
 class MappingNetwork(nn.Module):
@@ -108,23 +110,23 @@ def sine_stack(
     ray_bias: Float[Tensor, "b n w"],
     heads: Float[Tensor, "h c w"],
     read: tuple[int, ...],
+    active: Bool[Tensor, "b n s"] | None = None,
 ) -> Float[Tensor, "b n s c"]:
     """Σ over h of heads[h] · (output of sine layer read[h]), for a sine network whose weights differ by image.
 
     Layer 0 is sin(first x + bias[0]), layer k sin(hidden[k−1] x + bias[k]); the last, layer l, takes its bias per ray
-    (n rays with s points each), which is where a viewing direction enters. `read` is ascending.
+    (n rays with s points each), which is where a viewing direction enters. `read` is ascending. Points that are not
+    `active` cost nothing and give 0.
 
-    Points that need no gradient take a path in blocks that fit the cache and keep one tensor per layer; others, and
-    second derivatives, take `sine_stack_reference`.
+    Works in blocks that stay in the cache. For the gradient it remembers one tensor a layer, up to `KEPT_BYTES`, and
+    computes again what did not fit. Second derivatives are those of `sine_stack_reference`.
     """
-    if torch.is_grad_enabled() and points.requires_grad:
-        return sine_stack_reference(points, first, hidden, bias, ray_bias, heads, read)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (first, hidden, bias, ray_bias, heads)):
-        return SineStack.apply(points, first, hidden, bias, ray_bias, heads, read)
-    return _forward(points, first, hidden, bias, ray_bias, heads, read, keep=None)
+    given = (points, first, hidden, bias, ray_bias, heads)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    return SineStack.apply(*given, read, active, per_device(KEPT_BYTES, points) if wanted else 0)
 
 
-def sine_stack_reference(points, first, hidden, bias, ray_bias, heads, read) -> Tensor:
+def sine_stack_reference(points, first, hidden, bias, ray_bias, heads, read, active=None) -> Tensor:
     """`sine_stack` as its equation reads, differentiable any number of times."""
     b, n, s, _ = points.shape
     last, out = hidden.shape[1], points.new_zeros(b, n, s, heads.shape[1])
@@ -135,113 +137,131 @@ def sine_stack_reference(points, first, hidden, bias, ray_bias, heads, read) -> 
         x = torch.sin(torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, (n, s)) + shift)
         if k in read:
             out = out + x @ heads[read.index(k)].mT
-    return out
+    return out if active is None else torch.where(active[..., None], out, 0)
 
 
-def _blocks(points: Tensor, width: int) -> list[tuple[int, int, int]]:
-    """(image, first ray, end ray) of pieces whose activations stay in a core's cache; whole rays."""
-    b, n, s, _ = points.shape
-    rows = (CPU_BLOCK_BYTES if points.device.type == "cpu" else DEVICE_BLOCK_BYTES) // (points.element_size() * width)
-    step = max(1, rows // s)
-    return [(i, start, min(start + step, n)) for i in range(b) for start in range(0, n, step)]
+class Stack(NamedTuple):
+    """The arguments of `sine_stack` with the points of an image in one row, and how a block of them is computed."""
 
+    points: Tensor  # [b p 3]
+    first: Tensor
+    hidden: Tensor
+    bias: Tensor
+    ray_bias: Tensor
+    heads: Tensor
+    read: tuple[int, ...]
 
-def _forward(points, first, hidden, bias, ray_bias, heads, read, keep: list[Tensor] | None) -> Tensor:
-    """The reference's value, block by block. `keep` collects the sines' arguments `[l+1 points w]` of every block."""
-    b, n, s, _ = points.shape
-    last, width = hidden.shape[1], hidden.shape[2]
-    out = points.new_zeros(b, n, s, heads.shape[1])
+    def blocks(self, active: Tensor | None) -> list[tuple[int, Tensor | slice]]:
+        images, count, _ = self.points.shape
+        rows = block_rows(self.hidden.shape[-1], self.points)
+        if active is None:
+            return [*all_blocks(images, count, rows)]
+        return [*active_blocks(active.flatten(1), rows)]
 
-    def run(blocks: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-        largest = max(((stop - start) * s for _, start, stop in blocks), default=0)
-        activation, scratch = points.new_empty(2, largest, width)
-        kept = []
-        for i, start, stop in blocks:
-            m = (stop - start) * s
-            x, block_out = points[i, start:stop].reshape(m, 3), out[i, start:stop].view(m, -1)
-            arguments = points.new_empty(last + 1, m, width) if keep is not None else None
-            for k in range(last + 1):
-                u = scratch[:m] if arguments is None else arguments[k]
-                torch.mm(x, (first[i] if k == 0 else hidden[i, k - 1]).t(), out=u)
-                if k == last:
-                    u.view(stop - start, s, width).add_(ray_bias[i, start:stop, None])
-                else:
-                    u.add_(bias[i, k])
-                x = torch.sin(u, out=activation[:m])
-                if k in read:
-                    torch.addmm(block_out, x, heads[read.index(k)].t(), out=block_out)
-            if arguments is not None:
-                kept.append(arguments)
-        return kept
+    def rays(self) -> Tensor:
+        """Of each point, its ray."""
+        count = self.points.shape[1]
+        return torch.arange(count, device=self.points.device) // max(count // max(self.ray_bias.shape[1], 1), 1)
 
-    shares = share_out(run, _blocks(points, width), points.device)
-    if keep is not None:
-        keep += [arguments for share in shares for arguments in share]
-    return out
+    def arguments(self, image: int, k: int, x: Tensor, ray: Tensor, out: Tensor) -> Tensor:
+        """What layer k takes the sine of."""
+        if k == self.hidden.shape[1]:
+            torch.index_select(self.ray_bias[image], 0, ray, out=out)
+            return add_product(out, x, self.hidden[image, k - 1].T)
+        return torch.addmm(self.bias[image, k], x, (self.hidden[image, k - 1] if k else self.first[image]).T, out=out)
 
 
 class SineStack(torch.autograd.Function):
-    """`sine_stack` with gradients to all but the points. Keeps the sines' arguments, recomputes sine and cosine."""
+    """`sine_stack` with gradients to everything, the points included."""
 
     @staticmethod
-    def forward(ctx, points, first, hidden, bias, ray_bias, heads, read):
-        keep: list[Tensor] = []
-        out = _forward(points, first, hidden, bias, ray_bias, heads, read, keep)
-        ctx.read = read
-        ctx.save_for_backward(points, first, hidden, bias, ray_bias, heads, *keep)
-        return out
+    def forward(ctx, points, first, hidden, bias, ray_bias, heads, read, active, budget):
+        stack = Stack(points.flatten(1, 2), first, hidden, bias, ray_bias, heads, read)
+        blocks, layers, width = stack.blocks(active), hidden.shape[1] + 1, hidden.shape[2]
+        out, ray = points.new_zeros(*stack.points.shape[:2], heads.shape[1]), stack.rays()
+        total = sum(size_of(index) for _, index in blocks) * layers * width * points.element_size()
+        share = min(1.0, budget / max(total, 1))
+        kept = [int((j + 1) * share) > int(j * share) for j in range(len(blocks))]  # evenly, for all threads alike
+
+        def run(pieces: Sequence[tuple[tuple[int, Tensor | slice], bool]]) -> list[Tensor | None]:
+            largest = max((size_of(index) for (_, index), _ in pieces), default=0)
+            activation, scratch = points.new_empty(2, largest, width)
+            kept = []
+            for (image, index), keep in pieces:
+                m, x, r = size_of(index), stack.points[image, index], ray[index]
+                arguments = points.new_empty(layers, m, width) if keep else None
+                block_out = points.new_zeros(m, heads.shape[1])
+                for k in range(layers):
+                    u = stack.arguments(image, k, x, r, scratch[:m] if arguments is None else arguments[k])
+                    x = torch.sin(u, out=activation[:m])
+                    if k in read:
+                        add_product(block_out, x, heads[read.index(k)].T)
+                out[image, index] = block_out
+                kept.append(arguments)
+            return kept
+
+        remembered = [u for share in share_out(run, list(zip(blocks, kept, strict=True)), points.device) for u in share]
+        ctx.read, ctx.active, ctx.kept = read, active, kept
+        ctx.save_for_backward(points, first, hidden, bias, ray_bias, heads, *(u for u in remembered if u is not None))
+        return out.unflatten(1, points.shape[1:3])
 
     @staticmethod
     def backward(ctx, grad):
-        points, first, hidden, bias, ray_bias, heads, *keep = ctx.saved_tensors
+        points, first, hidden, bias, ray_bias, heads, *remembered = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: the blocks below could not be differentiated again
             pull = torch.func.vjp(
-                lambda first, hidden, bias, ray_bias, heads: sine_stack_reference(
-                    points, first, hidden, bias, ray_bias, heads, ctx.read),
-                first, hidden, bias, ray_bias, heads)[1]
-            return None, *pull(grad), None
-        return None, *_backward(grad, points, first, hidden, ray_bias, heads, ctx.read, keep), None
+                partial(sine_stack_reference, read=ctx.read, active=ctx.active),
+                points, first, hidden, bias, ray_bias, heads)[1]
+            return *pull(grad), None, None, None
+        stack = Stack(points.flatten(1, 2), first, hidden, bias, ray_bias, heads, ctx.read)
+        rest = iter(remembered)
+        pieces = [(block, next(rest) if kept else None)
+                  for block, kept in zip(stack.blocks(ctx.active), ctx.kept, strict=True)]
+        grad_points = torch.zeros_like(stack.points) if ctx.needs_input_grad[0] else None
+        run = partial(_pull, stack, grad.flatten(1, 2), grad_points)
+        d_first, d_hidden, d_bias, d_ray_bias, d_heads = add_up(share_out(run, pieces, points.device))
+        if grad_points is not None:
+            grad_points = grad_points.view_as(points)
+        return grad_points, d_first, d_hidden, d_bias, d_ray_bias, d_heads, None, None, None
 
 
-def _backward(grad, points, first, hidden, ray_bias, heads, read, keep: list[Tensor]) -> tuple[Tensor, ...]:
+def _pull(stack: Stack, grad, grad_points, pieces: Sequence[tuple[tuple[int, Tensor | slice], Tensor | None]]) -> list:
     """Gradients of first, hidden, bias, ray_bias and heads, block by block, from the top layer down."""
-    s, last, width = points.shape[2], hidden.shape[1], hidden.shape[2]
-    d_ray_bias = torch.zeros_like(ray_bias)
-
-    def run(blocks: Sequence[tuple[tuple[int, int, int], Tensor]]) -> tuple[Tensor, ...]:
-        d_first, d_hidden, d_heads = map(torch.zeros_like, (first, hidden, heads))
-        d_bias = hidden.new_zeros(hidden.shape[:3])
-        activation, slope, scratch = points.new_empty(3, max((u.shape[1] for _, u in blocks), default=0), width)
-        for (i, start, stop), arguments in blocks:
-            m = arguments.shape[1]
-            g = grad[i, start:stop].reshape(m, -1)
-            h, du, dh = activation[:m], slope[:m], scratch[:m].zero_()
+    points, first, hidden, bias, ray_bias, heads, read = stack
+    last, width, rays = hidden.shape[1], hidden.shape[2], stack.rays()
+    d_first, d_hidden, d_bias, d_ray_bias, d_heads = map(torch.zeros_like, (first, hidden, bias, ray_bias, heads))
+    largest = max((size_of(index) for (_, index), _ in pieces), default=0)
+    activation, slope, scratch = points.new_empty(3, largest, width)
+    again = points.new_empty(last + 1, largest, width) if any(u is None for _, u in pieces) else None
+    for (image, index), arguments in pieces:
+        m, ray, g = size_of(index), rays[index], grad[image, index]
+        h, du, dh = activation[:m], slope[:m], scratch[:m].zero_()
+        if arguments is None:
+            assert again is not None
+            arguments, x = again[:, :m], points[image, index]
+            for k in range(last + 1):
+                x = torch.sin(stack.arguments(image, k, x, ray, arguments[k]), out=h)
+        else:
             torch.sin(arguments[last], out=h)
-            for k in range(last, -1, -1):
-                if k in read:
-                    head = read.index(k)
-                    torch.addmm(d_heads[head], g.t(), h, out=d_heads[head])
-                    torch.addmm(dh, g, heads[head], out=dh)
-                torch.cos(arguments[k], out=du).mul_(dh)
-                if k == last:
-                    torch.sum(du.view(stop - start, s, width), 1, out=d_ray_bias[i, start:stop])
-                else:
-                    d_bias[i, k] += du.sum(0)
-                if k == 0:
-                    torch.addmm(d_first[i], du.t(), points[i, start:stop].reshape(m, 3), out=d_first[i])
-                else:
-                    torch.sin(arguments[k - 1], out=h)
-                    torch.addmm(d_hidden[i, k - 1], du.t(), h, out=d_hidden[i, k - 1])
-                    torch.mm(du, hidden[i, k - 1], out=dh)
-        return d_first, d_hidden, d_bias, d_heads
-
-    blocks = list(zip(_blocks(points, width), keep, strict=True))
-    total, *others = share_out(run, blocks, points.device)
-    for other in others:
-        for mine, theirs in zip(total, other, strict=True):
-            mine += theirs
-    d_first, d_hidden, d_bias, d_heads = total
-    return d_first, d_hidden, d_bias, d_ray_bias, d_heads
+        for k in range(last, -1, -1):
+            if k in read:
+                head = read.index(k)
+                add_product(d_heads[head], g.T, h)
+                add_product(dh, g, heads[head])
+            torch.cos(arguments[k], out=du).mul_(dh)
+            if k == last:
+                d_ray_bias[image].index_add_(0, ray, du)
+            else:
+                d_bias[image, k] += du.sum(0)
+            if k == 0:
+                add_product(d_first[image], du.T, points[image, index])
+                if grad_points is not None:
+                    grad_points[image, index] = du @ first[image]
+            else:
+                torch.sin(arguments[k - 1], out=h)
+                add_product(d_hidden[image, k - 1], du.T, h)
+                torch.mm(du, hidden[image, k - 1], out=dh)
+    return [d_first, d_hidden, d_bias, d_ray_bias, d_heads]
 
 
 def official_siren(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from gan3d.gans.pigan import official_generator
 from gan3d.nn import parallel, siren
-from gan3d.nn.siren import OFFICIAL_ORDER, FiLMSiren, MappingNetwork, SineStack, sine_stack, sine_stack_reference
+from gan3d.nn.siren import OFFICIAL_ORDER, FiLMSiren, MappingNetwork, sine_stack, sine_stack_reference
 
 CELEBA = [(0.5040391, 0.5079233, 0.5023923, 0.0131401), (0.5185838, 0.5078750, 0.5081204, 0.0141987)]
 CARLA = [(0.5257360, 0.5150365, 0.5023942, 0.0345425), (0.5056621, 0.5056921, 0.5140482, 0.0068301)]
@@ -93,37 +93,62 @@ def stack_arguments(dtype=torch.float64, b=2, n=5, s=3, w=4, layers=3, scale=1.0
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("block", [1, 4, 1000])
-def test_blocked_stack_and_its_gradients_equal_the_equation(monkeypatch, block, threads):
+@pytest.mark.parametrize("kept", [0, 0.5, 1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("block, threads", [(1, 1), (4, 3), (7, 1), (1000, 3)])
+def test_blocked_stack_and_its_gradients_equal_the_equation(monkeypatch, block, threads, masked, kept):
     arguments, read = stack_arguments(), (1, 3)
-    monkeypatch.setattr(siren, "CPU_BLOCK_BYTES", block * arguments[2].shape[-1] * arguments[0].element_size())
+    points, width = arguments[0], arguments[2].shape[-1]
+    size = points.element_size() * width
+    monkeypatch.setitem(parallel.BLOCK_BYTES, "cpu", block * size)
+    monkeypatch.setitem(siren.KEPT_BYTES, "cpu", int(kept * points[..., 0].numel() * 4 * size))
     monkeypatch.setattr(parallel, "THREADS", threads)
-    expected = sine_stack_reference(*arguments, read)
-    found = sine_stack(*arguments, read)
-    assert "SineStack" in found.grad_fn.name()
+    active = torch.rand(points.shape[:-1], generator=torch.Generator().manual_seed(1)) < 0.6 if masked else None
+    points.requires_grad_()
+    expected = sine_stack_reference(*arguments, read, active)
+    found = sine_stack(*arguments, read, active)
     assert torch.allclose(found, expected, atol=1e-13)  # float64: the same sums in another order
-    assert torch.allclose(sine_stack(*[a.detach() for a in arguments], read), expected, atol=1e-13)
+    assert torch.allclose(sine_stack(*[a.detach() for a in arguments], read, active), expected, atol=1e-13)
     weight = torch.randn_like(expected)
-    gradients = [torch.autograd.grad(value, arguments[1:], weight) for value in (found, expected)]
+    gradients = [torch.autograd.grad(value, arguments, weight) for value in (found, expected)]
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
+    if masked:
+        assert (found[~active] == 0).all() and (gradients[0][0][~active] == 0).all()
+
+
+def test_points_that_are_not_active_are_not_even_looked_at():
+    points, *rest = stack_arguments()
+    active = torch.zeros(points.shape[:-1], dtype=torch.bool)
+    active[0, 2, 1] = True
+    points[~active] = torch.nan
+    out = sine_stack(points, *rest, (1, 3), active)
+    assert out.isfinite().all() and (out[active] != 0).all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), rest))
+
+
+def test_what_is_remembered_keeps_to_its_budget(monkeypatch):
+    arguments = stack_arguments()
+    monkeypatch.setitem(parallel.BLOCK_BYTES, "cpu", 8 * 4 * 2)  # two points a block
+    for budget in (0, 1000, 10**9):
+        monkeypatch.setitem(siren.KEPT_BYTES, "cpu", budget)
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
+            sine_stack(*arguments, (1, 3))
+        kept = sum(t.numel() * 8 for t in saved[6:])  # after the six arguments
+        assert kept <= budget and kept >= min(budget - 256, 30 * 4 * 4 * 8)  # a block of four layers is 256 bytes
 
 
 def test_stack_passes_gradcheck_and_gradgradcheck():
     points, *rest = stack_arguments(b=1, n=2, s=2, w=3, layers=2, scale=0.5)
+    points.requires_grad_()
+    active = torch.tensor([[[True, True], [False, True]]])
 
     def run(*a):
-        return SineStack.apply(points, *a, (0, 2))
+        return sine_stack(*a, (0, 2), active)
 
-    assert torch.autograd.gradcheck(run, rest)
-    assert torch.autograd.gradgradcheck(run, rest)
-
-
-def test_points_that_need_gradients_get_them_twice():
-    points, *rest = stack_arguments(b=1, n=2, s=2, w=3, layers=2, scale=0.5)
-    points.requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda *a: sine_stack(*a, (0, 2)), (points, *rest))
+    assert torch.autograd.gradcheck(run, (points, *rest))
+    assert torch.autograd.gradgradcheck(run, (points, *rest))
 
 
 def test_float32_blocks_stay_close_to_float64_at_large_arguments():
