@@ -49,6 +49,8 @@ class GANModule(pl.LightningModule):
         ema: averages of the generator, [{decay, warmup}, …]; the first is the one that is evaluated and shown.
         patch: draw K×K pixel grids instead of whole images (GRAF).
         pose_weight, latent_weight: weights of the discriminator's pose head (radians²) and latent head, on fakes.
+        real_pose_weight: of the pose head on photographs, whose cameras must then be known (GRAM).
+        lr_multipliers: {submodule of the generator: factor on lr_g}; the others have factor 1.
         dual: the discriminator also sees images before the upsampler: of photographs, shrunk to that size (EG3D).
         blur: standard deviation in pixels of a Gaussian over what the discriminator sees, but for the raw images of
             fakes; while it fades, only the coarse is learnt (StyleGAN3, EG3D).
@@ -84,6 +86,8 @@ class GANModule(pl.LightningModule):
         fade_steps: int = 0,
         pose_weight: Number = 0.0,
         latent_weight: Number = 0.0,
+        real_pose_weight: Number = 0.0,
+        lr_multipliers: Mapping[str, Number] | None = None,
         dual: bool = False,
         blur: Ramp | None = None,
         style_mixing: Number = 0.0,
@@ -106,7 +110,12 @@ class GANModule(pl.LightningModule):
         if not self.averages:
             raise ValueError("ema needs at least one average: it is the generator that is evaluated")
         self.patch, self.r1, self.top_k, self.fade_steps = patch, r1, top_k, fade_steps
-        self.pose_weight, self.latent_weight = pose_weight, latent_weight
+        self.pose_weight, self.latent_weight, self.real_pose_weight = pose_weight, latent_weight, real_pose_weight
+        self.lr_multipliers = dict(lr_multipliers or {})
+        for name in self.lr_multipliers:
+            if not isinstance(getattr(generator, name, None), nn.Module):
+                parts = ", ".join(part for part, _ in generator.named_children())
+                raise ValueError(f"lr_multipliers: {name!r} is no part of {type(generator).__name__}; it has {parts}")
         self.dual, self.blur, self.augment = dual, blur, augment
         self.style_mixing, self.path_length = style_mixing, path_length
         self.clip_grad_norm, self.downsample, self.seed = clip_grad_norm, downsample, seed
@@ -117,6 +126,11 @@ class GANModule(pl.LightningModule):
 
     def observe(self, cameras: Camera | None) -> None:
         """Hand over the photographs' cameras, before any work. Raises: ValueError if they are needed and absent."""
+        if cameras is None and self.real_pose_weight:
+            raise ValueError(
+                f"model.real_pose_weight={self.real_pose_weight:g} teaches the discriminator the camera of every "
+                "photograph, and this data set has none. docs/data.md tells how to give it some: python prepare.py … "
+                "cameras=… or poses=…; or train without: model.real_pose_weight=0")
         if cameras is None and getattr(self.discriminator, "needs_camera", False):
             raise ValueError(
                 f"{type(self.discriminator).__name__} must know the camera of every photograph, and this data set has "
@@ -127,7 +141,11 @@ class GANModule(pl.LightningModule):
     # What Lightning asks for
 
     def configure_optimizers(self):  # type: ignore[override]
-        return (self.optimizer_g(self.generator.parameters(), lr=self.lr_g(0)),
+        apart = {name: list(self.generator.get_submodule(name).parameters()) for name in self.lr_multipliers}
+        taken = {id(p) for parameters in apart.values() for p in parameters}
+        groups = [{"params": [p for p in self.generator.parameters() if id(p) not in taken], "factor": 1.0}]
+        groups += [{"params": apart[name], "factor": factor} for name, factor in self.lr_multipliers.items()]
+        return (self.optimizer_g(groups, lr=self.lr_g(0)),
                 self.optimizer_d(self.discriminator.parameters(), lr=self.lr_d(0)))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -167,7 +185,7 @@ class GANModule(pl.LightningModule):
         """Schedules, and this step's own randomness."""
         for optimizer, lr in zip(self.optimizers(), (self.lr_g, self.lr_d), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = lr(self.step)
+                group["lr"] = lr(self.step) * group.get("factor", 1.0)
         self.generator.before_step(self.step)
 
     def update_discriminator(self, optimizer, batch) -> None:
@@ -188,6 +206,8 @@ class GANModule(pl.LightningModule):
         fakes = [(self.judge(part.images.rgb, part.images.raw, part.camera), part) for part in parts]
         logit_fake = torch.cat([verdict.logit for verdict, _ in fakes])
         heads = torch.stack([self.head_losses(verdict, part) for verdict, part in fakes]).mean()
+        if self.real_pose_weight:
+            heads = heads + self.real_pose_weight * F.mse_loss(on_real.pose, self.poses.angles(batch.camera).to(real))
         loss = discriminator_loss(on_real.logit, logit_fake)
         self.propagate(loss + penalty + heads)
         self.take_step(optimizer, self.discriminator)

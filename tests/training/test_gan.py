@@ -9,6 +9,7 @@ from toy import ToyStream, toy_module, toy_trainer
 
 from gan3d.augmentation import Augment
 from gan3d.losses import PathLength, TopK
+from gan3d.poses import Spherical, Uniform
 from gan3d.ramps import Growth
 from gan3d.rays import PatchSampler
 from gan3d.training.keeping import Keep
@@ -239,3 +240,37 @@ torch.save(grads, f"{tmp_path}/rank{{trainer.global_rank}}.pt")
             torch.testing.assert_close(rank[name], parameter.grad, rtol=1e-5, atol=1e-6)
             compared += 1
     assert compared >= 2 * (2 + 4)
+
+
+def test_a_part_of_the_generator_may_learn_at_a_rate_of_its_own():
+    module = toy_module(5, lr_multipliers={"unused": 0.1})
+    toy_trainer().fit(module, ToyStream(4))
+    rates = [group["lr"] for group in module.optimizers()[0].param_groups]
+    assert rates == pytest.approx([5e-3, 5e-4])  # lr_g of step 4, and a tenth of it
+    sizes = [sum(p.numel() for p in group["params"]) for group in module.optimizers()[0].param_groups]
+    assert sizes == [7 * 3 + 3, 2 * 2 + 2]
+
+
+def test_a_factor_for_a_part_that_is_not_there_names_those_that_are():
+    with pytest.raises(ValueError, match="'manifolds' is no part of ToyGenerator; it has colour, unused"):
+        toy_module(1, lr_multipliers={"manifolds": 0.1})
+
+
+def test_cameras_of_photographs_are_learnt_where_the_paper_does_so():
+    """Only the pose head hears of them: a discriminator's step with their loss alone moves its two outputs."""
+    poses = Spherical(1.0, Uniform(0, 360), Uniform(30, 60), 30.0)
+
+    class Posed(ToyStream):
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield batch._replace(camera=poses.sample(len(batch.images), torch.Generator().manual_seed(0)))
+
+    judges = []
+    for weight in (0.0, 3.0):
+        module = toy_module(1, real_pose_weight=weight, clip_grad_norm=None, optimizer_d=torch.optim.SGD)
+        module.observe(poses.sample(1))
+        toy_trainer().fit(module, Posed(4))
+        judges.append(module.discriminator.body[2].bias.detach())
+    assert judges[0][0] == judges[1][0] and (judges[0][1:] != judges[1][1:]).all()
+    with pytest.raises(ValueError, match="model.real_pose_weight=0"):
+        toy_module(1, real_pose_weight=3.0).observe(None)
