@@ -124,15 +124,13 @@ def read_official(path: str | Path, method: str, parts: Collection[str] = tuple(
 
 
 def method_module(method: str) -> ModuleType:
-    known = importlib.util.find_spec(f"gan3d.gans.{method}") if method.isidentifier() else None
-    module = importlib.import_module(f"gan3d.gans.{method}") if known else None
-    if module is None or not hasattr(module, "official_generator"):
+    if not method.isidentifier() or importlib.util.find_spec(f"gan3d.official.{method}") is None:
         raise ValueError(f"no method {method!r} that reads official weights")
-    return module
+    return importlib.import_module(f"gan3d.official.{method}")
 
 
 def convert(method: ModuleType, part: str, value: Any) -> dict[str, Tensor]:
-    """Their weights to our state dict, by the functions that the method's file has for this."""
+    """Their weights to our state dict, by the functions of the method's file in `gan3d.official`."""
     if isinstance(value, Record) and isinstance(value.state, dict) and "shadow_params" in value.state:
         value = value.shadow_params  # torch_ema: the averaged parameters, without names
     if isinstance(value, list):
@@ -142,7 +140,7 @@ def convert(method: ModuleType, part: str, value: Any) -> dict[str, Tensor]:
 
 
 def stated_numbers(method: ModuleType, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What pickled networks say of themselves, for our config. A method's file has the functions that read it:
+    """What pickled networks say of themselves, for our config. The method's file in `gan3d.official` reads it:
 
     `official_numbers(generator)` and `official_discriminator_numbers(discriminator)` take a `Record` and return a
     nested dict with the keys of the whole config: {"data": …, "model": {"generator": …}}.

@@ -328,10 +328,12 @@ def fill(generator: Any, state: Mapping[str, Any], path: Path, config: Mapping[s
 
 def published(cfg: Any) -> str:
     """Where the authors' weights of the chosen method are to be had, as words for the end of an error."""
-    import importlib
+    from importlib import import_module
+    from importlib.util import find_spec
 
     model = None if cfg is None else cfg.choices.model
-    files = getattr(importlib.import_module(f"gan3d.gans.{model}"), "PUBLISHED", None) if model else None
+    known = model is not None and find_spec(f"gan3d.official.{model}") is not None
+    files = getattr(import_module(f"gan3d.official.{model}"), "PUBLISHED", None) if known else None
     return "" if files is None else (f"\nThe authors of {model} publish {files}: download the file, put it anywhere, "
                                      "and give its path: checkpoint=/path/to/file.pkl")
 

@@ -29,10 +29,9 @@ from gan3d.gans.stylenerf import (
     StyledConv,
     StyleNeRF,
     StyleNeRFDiscriminator,
-    official_discriminator_numbers,
-    official_numbers,
 )
 from gan3d.nn.stylegan2 import EqualizedConv, FullyConnected, ToRGB
+from gan3d.official.stylenerf import official_discriminator_numbers, official_numbers
 from gan3d.poses import Gaussian, Spherical, Uniform
 from gan3d.rays import Bounds
 from gan3d.rebuild import CheckpointError

@@ -9,7 +9,7 @@ through to the background. Transmittance is exp(−Σ density·delta) without th
 and paper disagree: the released code (encoding without π, skip and widths); `official_generator` takes its weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -260,29 +260,3 @@ class GRAF(nn.Module):
         bound = self.field(z)
         sampled = count_flops(lambda: bound(points, points[:, :, :1]))
         return Cost(resolution**2, float(self.samples_per_ray), sampled / self.samples_per_ray, float(fixed))
-
-
-OFFICIAL_LAYERS = {"pts_linears": "radiance.trunk", "views_linears.0": "radiance.view",
-                   "feature_linear": "radiance.feature", "alpha_linear": "radiance.density",
-                   "rgb_linear": "radiance.colour"}
-
-
-def official_generator(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' `generator` or `generator_test` (its average) as a state dict of `GRAF`. Raises: KeyError."""
-    def ours(key: str) -> str:
-        for theirs, name in OFFICIAL_LAYERS.items():
-            if key.startswith(theirs + "."):
-                return name + key[len(theirs) :]
-        raise KeyError(f"{key!r} is no parameter of a GRAF generator")
-
-    return {ours(key): tensor for key, tensor in tensors.items()}
-
-
-def official_discriminator(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' `discriminator` as a state dict of `PatchDiscriminator`. Raises: KeyError."""
-    names = {"weight_orig": "weight", "weight_u": "u", "weight_v": "v"}
-    order = sorted({int(key.split(".")[1]) for key in tensors})
-    layers = [f"convs.{index}" for index in range(len(order) - 1)] + ["verdict"]
-    place = dict(zip(order, layers, strict=True))
-    return {f"{place[int(number)]}.{names[kind]}": tensor
-            for (_, number, kind), tensor in ((key.split("."), tensor) for key, tensor in tensors.items())}

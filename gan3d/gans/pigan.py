@@ -6,7 +6,6 @@ has it: pictures outside training are deterministic (`jitter_at_inference` bring
 may be scaled and shifted (`density_gain`, `density_bias`). Rays limited by a box end at the box: see `PiGAN.render`.
 """
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
 from gan3d.gans import Images
-from gan3d.nn.discriminators import official_discriminator as official_discriminator  # the loader looks for it here
-from gan3d.nn.siren import OFFICIAL_ORDER, FiLMSiren, MappingNetwork, official_siren
+from gan3d.nn.siren import FiLMSiren, MappingNetwork
 from gan3d.ramps import Ramp
 from gan3d.rays import Bounds, Patch, PixelGrid, Rays, camera_rays, full_grid
 from gan3d.rendering import Field, query, render_chunks, render_hits
@@ -178,16 +176,3 @@ class PiGAN(nn.Module):
         ask, points = self.field(ws), weight.new_zeros(1, n, s, 3)
         flops = count_flops(lambda: ask(points, points[:, :, :1])) / (n * s)
         return Cost(resolution**2, float(s + self.fine_samples), flops, float(count_flops(lambda: self.mapping(z))))
-
-
-def official_generator(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The released generator's tensors (`siren.network.0.layer.weight` …) → this class's state dict."""
-    return official_siren(tensors)
-
-
-def official_ema(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The 30 nameless tensors of a released EMA file, in their order there → this class's state dict.
-
-    Raises: ValueError if there are not 30 of them.
-    """
-    return official_siren(dict(zip(OFFICIAL_ORDER, tensors, strict=True)))

@@ -7,7 +7,7 @@ CARLA's, GOF's and GRAM's (coord, pool, heads).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -117,24 +117,3 @@ class ProgressiveDiscriminator(nn.Module):
 
     def _adapt(self, level: int, images: Tensor) -> Tensor:
         return F.leaky_relu(self.adapters[level](images), 0.2)
-
-
-def official_discriminator(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names of pi-GAN's and GOF's released discriminators → under ours.
-
-    Heads that the released classes carry but never use (`pose_layer`, `freq_phase_layer`) are left out.
-    """
-    ours = {}
-    for name, tensor in tensors.items():
-        part, *path, kind = name.split(".")
-        if part == "layers":  # layers.3.network.2.conv.weight, layers.3.proj.weight
-            branch = ".".join(path[1:]).removesuffix(".conv")
-            mine = {"proj": "skip", "network.0": "first", "network.2": "second"}[branch]
-            ours[f"blocks.{path[0]}.{mine}.{kind}"] = tensor
-        elif part == "fromRGB":
-            ours[f"adapters.{path[0]}.{kind}"] = tensor
-        elif part == "final_layer":
-            ours[f"final.{kind}"] = tensor
-        elif part not in ("pose_layer", "freq_phase_layer"):
-            raise KeyError(f"{name} is no tensor of a pi-GAN discriminator")
-    return ours

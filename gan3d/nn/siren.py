@@ -6,7 +6,7 @@ A FiLM layer sin(f ⊙ (W x + b) + p) equals sin((f ⊙ W) x + (f ⊙ b + p)): t
 image instead of two large ones per point, and what remains is a plain sine network whose weights differ by image.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -262,32 +262,3 @@ def _pull(stack: Stack, grad, grad_points, pieces: Sequence[tuple[tuple[int, Ten
                 add_product(d_hidden[image, k - 1], du.T, h)
                 torch.mm(du, hidden[image, k - 1], out=dh)
     return [d_first, d_hidden, d_bias, d_ray_bias, d_heads]
-
-
-def official_siren(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names of pi-GAN's and GOF's released generators → under ours (`mapping_network.`, `siren.`).
-
-    Every name is used once; a missing or foreign one raises KeyError.
-    """
-    ours = {}
-    for name, tensor in tensors.items():
-        part, _, rest = name.removeprefix("siren.").partition(".")
-        *_, kind = rest.split(".")
-        if part == "mapping_network":  # mapping_network.network.6.weight: every second entry is an activation
-            ours[f"mapping_network.layers.{int(rest.split('.')[1]) // 2}.{kind}"] = tensor
-        elif part == "network":
-            ours[f"siren.layers.{rest.split('.')[0]}.{kind}"] = tensor
-        else:
-            mine = {"final_layer": "density_head", "color_layer_sine": "colour_layer",
-                    "color_layer_linear": "colour_head"}[part]
-            ours[f"siren.{mine}.{kind}"] = tensor
-    return ours
-
-
-OFFICIAL_ORDER = [  # of the 30 tensors of a released EMA file: the order of the generator's parameters
-    f"siren.{part}.{kind}"
-    for part in [f"network.{k}.layer" for k in range(8)]
-    + ["final_layer", "color_layer_sine.layer", "color_layer_linear.0"]
-    + [f"mapping_network.network.{k}" for k in (0, 2, 4, 6)]
-    for kind in ("weight", "bias")
-]

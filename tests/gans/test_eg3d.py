@@ -7,7 +7,8 @@ import torch
 from filling import fill, inputs
 
 from gan3d.cameras import Camera, look_at
-from gan3d.gans.eg3d import EG3D, DualDiscriminator, SuperResolution, condition, interval_weights, official_generator
+from gan3d.gans.eg3d import EG3D, DualDiscriminator, SuperResolution, condition, interval_weights
+from gan3d.official.eg3d import official_generator
 from gan3d.ramps import Ramp
 from gan3d.rays import Bounds
 from gan3d.sampling import even_quantiles

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gan3d.cameras import Camera, intrinsics_from_fov, look_at, sphere_point
 from gan3d.checkpoints import load_official
-from gan3d.gans.graf import GRAF, PatchDiscriminator, official_discriminator, official_generator
+from gan3d.gans.graf import GRAF, PatchDiscriminator
+from gan3d.official.graf import official_discriminator, official_generator
 from gan3d.rays import Bounds, PatchSampler, camera_rays, full_grid
 from gan3d.rendering import density_normals
 from gan3d.volume import composite

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gan3d.cameras import Camera, flip_axes, intrinsics_from_fov, look_at, sphere_point
-from gan3d.gans.pigan import PiGAN, official_ema, official_generator
-from gan3d.nn.siren import OFFICIAL_ORDER
+from gan3d.gans.pigan import PiGAN
+from gan3d.official.pigan import OFFICIAL_ORDER, official_ema, official_generator
 from gan3d.poses import Gaussian, Spherical
 from gan3d.rays import Bounds, Patch, Rays, camera_rays, full_grid
 from gan3d.sampling import LAST_DELTA, deltas, sample_pdf

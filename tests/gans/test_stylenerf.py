@@ -18,11 +18,10 @@ from gan3d.gans.stylenerf import (
     encode,
     enlarged,
     lattice,
-    official_discriminator,
-    official_generator,
     outside_points,
 )
 from gan3d.losses import PathLength
+from gan3d.official.stylenerf import official_discriminator, official_generator
 from gan3d.poses import Spherical, Uniform
 from gan3d.ramps import Growth
 from gan3d.rays import Bounds, camera_rays, full_grid

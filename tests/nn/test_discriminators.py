@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gan3d.nn.convolution import convolve
-from gan3d.nn.discriminators import CoordConv, ProgressiveDiscriminator, official_discriminator
+from gan3d.nn.discriminators import CoordConv, ProgressiveDiscriminator
+from gan3d.official.pigan import official_discriminator
 
 FACES = [32, 64, 128, 256, 400, 400, 400, 400]  # at 256, 128, … 2
 CARS = [16, *FACES]

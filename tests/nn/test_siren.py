@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from gan3d.gans.pigan import official_generator
 from gan3d.nn import parallel, siren
-from gan3d.nn.siren import OFFICIAL_ORDER, FiLMSiren, MappingNetwork, sine_stack, sine_stack_reference
+from gan3d.nn.siren import FiLMSiren, MappingNetwork, sine_stack, sine_stack_reference
+from gan3d.official.pigan import OFFICIAL_ORDER, official_generator
 
 CELEBA = [(0.5040391, 0.5079233, 0.5023923, 0.0131401), (0.5185838, 0.5078750, 0.5081204, 0.0141987)]
 CARLA = [(0.5257360, 0.5150365, 0.5023942, 0.0345425), (0.5056621, 0.5056921, 0.5140482, 0.0068301)]
