@@ -2,15 +2,16 @@
 
 import argparse
 import difflib
+from functools import partial
 from pathlib import Path
 
-from datasets.sources import SOURCES
+from datasets.sources import EMBEDDED, SOURCES
 
 SETTINGS = {
     "source": "what you have: a folder or zip; several with commas between them (default: download)",
     "out": "where to put it: a folder, or a .zip (default: data/NAME, where configs/data/NAME.yaml looks)",
     "resolution": "side of the pictures in pixels (default: see above)",
-    "crop": "side of the centred square cut out first, in pixels of the file",
+    "crop": "side of the centred square cut out first, in pixels of the file (celebahq: 650)",
     "subset": "the part of the archive to use, as a path in it (afhq: train/cat)",
     "limit": "only the first so many pictures",
     "downloads": "where archives are kept (default: data/downloads)",
@@ -21,7 +22,7 @@ SETTINGS = {
     "radius": "distance of cameras made from angles (default: 2.7)",
     "fov": "their horizontal field of view in degrees (default: 13.374)",
     "mirror": "true: also write mirrored pictures, with mirrored cameras",
-    "images": "cars: how many to render (default: 2000)",
+    "images": "cars, parking: how many to render (default: 2000)",
 }
 NUMBERS = ("resolution", "crop", "limit", "images")
 MEASURES = ("radius", "fov")
@@ -65,12 +66,13 @@ def main() -> None:
     name, settings = arguments()
     number = {key: int(settings[key]) for key in NUMBERS if key in settings}
     out = Path(settings.get("out", f"data/{name}"))
-    if name == "cars":
-        from datasets.synthetic import EmbeddedCars
+    if name in EMBEDDED:
+        from datasets import synthetic
 
         resolution = number.get("resolution", SOURCES[name].resolution)
-        cars = EmbeddedCars(resolution=resolution, images=number.get("images", 2000), seed=0, cache=out)
-        print(f"{len(cars)} pictures in {cars.root}")
+        of_set = {"cars": synthetic.EmbeddedCars, "parking": partial(synthetic.ParkedCars, cars=(2, 5))}[name]
+        made = of_set(resolution=resolution, images=number.get("images", 2000), seed=0, cache=out)
+        print(f"{len(made)} pictures in {made.root}")
         return
 
     from datasets.download import DownloadFailed

@@ -40,7 +40,7 @@ def prepare(
 
     Args:
         sources: what the user has; empty: download it into `downloads` first.
-        resolution: None: that of `sources.SOURCES`, which may say to keep the files as they are.
+        resolution, crop: None: those of `sources.SOURCES`, which may say to keep the files as they are.
         checksum: of the one file to download, if the user knows it; see `download.download`.
         views: cameras, for pictures that bring none.
     Raises: FileExistsError if `out` holds something; DatasetMissing, DownloadFailed with the manual route.
@@ -57,7 +57,7 @@ def prepare(
     given = cameras.read(views.cameras, framing) if views.cameras else None  # before any download or unpacking
     estimate = cameras.estimator(views.poses, views.weights, framing) if views.poses else None
     sources = sources or fetch(name, downloads, checksum)
-    resolution, subset = resolution or known.resolution, subset or known.subset
+    resolution, crop, subset = resolution or known.resolution, crop or known.crop, subset or known.subset
     with _unpacked(sources, subset, out.parent) as root:
         jobs = _jobs(name, root, resolution, crop, None if given else limit)
         told = []

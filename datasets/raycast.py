@@ -1,7 +1,7 @@
-"""Pictures of a car mesh by ray casting on the CPU: sun with shadow, sky, ambient occlusion, paint that reflects.
+"""Pictures of car meshes by ray casting on the CPU: sun with shadow, sky, ambient occlusion, paint that reflects.
 
-NumPy and Embree only, no torch: worker processes start in half a second. World: z up, the car stands on z = 0, its
-length is 1 along x. Colours are linear until the last step.
+NumPy and Embree only, no torch: worker processes start in half a second. World: z up, cars stand on z = 0; a mesh is
+1 long along x. Colours are linear until the last step.
 """
 
 import io
@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,13 +32,12 @@ GROUND_COLOUR = np.array([0.52, 0.50, 0.48])  # light that a pale ground throws 
 OCCLUSION_RAYS, OCCLUSION_REACH = 3, 0.35
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # neighbouring rings point in different directions
 SUBPIXELS = 2  # a pixel is the mean of 2×2 rays
-DEPTH_UNIT = 5e-5  # depth is kept in 16 bits, as multiples of this
 OFFSET = 1e-4  # secondary rays start this far from the surface
 
 
 @dataclass(frozen=True)
 class Car:
-    """A mesh ready to be shaded. Materials: 0 paint (its colour is given), 1 glass or rubber, 2 the rest."""
+    """A mesh ready to be shaded, of one car or of several. Materials: 0 paint, 1 glass or rubber, 2 the rest."""
 
     triangles: Float[Array, "f 3 3"]
     flat: Float[Array, "f 3"]  # across each face, twice its area long
@@ -65,10 +65,37 @@ def load_car(path: Path) -> Car:
     colours = [np.ones(3) if factor is None else np.asarray(factor[:3]) / 255 for factor in factors]
     kinds = [0 if name == "body" else 1 if name.startswith("dark") else 2 for name in names]
     sizes = [len(part.faces) for part in parts]
+    return car_of(triangles, normals, np.repeat(colours, sizes, axis=0), np.repeat(kinds, sizes))
+
+
+def car_of(triangles: Array, normals: Array, colours: Array, materials: Array) -> Car:
     scene = EmbreeScene()
     TriangleMesh(scene, triangles.astype(np.float32))
     flat = np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    return Car(triangles, flat, normals, np.repeat(colours, sizes, axis=0), np.repeat(kinds, sizes), scene)
+    return Car(triangles, flat, normals, colours, materials, scene)
+
+
+class Parked(NamedTuple):
+    """A car of the scene: the middle of its place on the ground, its length, and how far its nose is turned from +x
+    towards +y, in radians."""
+
+    mesh: Path
+    place: tuple[float, float] = (0.0, 0.0)
+    yaw: float = 0.0
+    length: float = 1.0
+
+
+def assemble(parked: Sequence[Parked], paints: Sequence[Float[Array, "3"]]) -> Car:
+    """All cars of a scene in one mesh, each in its paint: they hide and shade one another."""
+    parts = []
+    for spot, colour in zip(parked, paints, strict=True):
+        car = load_car(spot.mesh)
+        cosine, sine = math.cos(spot.yaw), math.sin(spot.yaw)
+        turn = np.array([[cosine, sine, 0.0], [-sine, cosine, 0.0], [0.0, 0.0, 1.0]])  # rows: where x, y and z go
+        painted = np.where((car.materials == 0)[:, None], colour, car.colours)
+        triangles = spot.length * (car.triangles @ turn) + [*spot.place, 0.0]
+        parts.append((triangles, car.normals @ turn, painted, car.materials))
+    return car_of(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def paint(random: np.random.Generator) -> Float[Array, "3"]:
@@ -146,8 +173,8 @@ def _sky(directions: Array) -> Array:
 
 
 def shade(
-    car: Car, body: Float[Array, "3"], face: Int[Array, " n"], points: Float[Array, "n 3"],
-    directions: Float[Array, "n 3"], random: np.random.Generator,
+    car: Car, face: Int[Array, " n"], points: Float[Array, "n 3"], directions: Float[Array, "n 3"],
+    random: np.random.Generator,
 ) -> Float[Array, "n 3"]:
     """Linear colour of points on faces seen along `directions`."""
     flat, normal = _normals(car, face, points, directions)
@@ -160,8 +187,7 @@ def shade(
     height = (normal[:, 2:] + 1) / 2
     ambient = (GROUND_COLOUR + (SKY_COLOUR - GROUND_COLOUR) * height) * (0.3 + 0.7 * free)
     material = car.materials[face]
-    albedo = np.where((material == 0)[:, None], body, car.colours[face])
-    diffuse = albedo * (0.62 * ambient + 0.62 * SUN_COLOUR * (lit * sun_side)[:, None])
+    diffuse = car.colours[face] * (0.62 * ambient + 0.62 * SUN_COLOUR * (lit * sun_side)[:, None])
     toward = -directions
     half = SUN + toward
     half /= np.linalg.norm(half, axis=-1, keepdims=True).clip(1e-9)
@@ -174,8 +200,8 @@ def shade(
 
 
 def photograph(
-    car: Car, body: Float[Array, "3"], camera_to_world: Float[Array, "4 4"], intrinsics: Float[Array, "3 3"],
-    side: int, random: np.random.Generator,
+    car: Car, camera_to_world: Float[Array, "4 4"], intrinsics: Float[Array, "3 3"], side: int,
+    random: np.random.Generator,
 ) -> tuple[Array, Float[Array, "h w"]]:
     """The picture, uint8 rgba `[h w 4]` (sRGB, straight alpha), and the distance along each pixel's ray (0: no car)."""
     fine = SUBPIXELS * side
@@ -189,7 +215,7 @@ def photograph(
     seen = np.flatnonzero(face >= 0)
     points = camera_to_world[:3, 3] + directions[seen] * distance[seen, None]
     light = np.zeros((fine * fine, 4))
-    light[seen, :3] = shade(car, body, face[seen], points, directions[seen], random).clip(0, 1)
+    light[seen, :3] = shade(car, face[seen], points, directions[seen], random).clip(0, 1)
     light[seen, 3] = 1
     light = light.reshape(side, SUBPIXELS, side, SUBPIXELS, 4).mean((1, 3))
     colour, alpha = light[..., :3] / light[..., 3:].clip(1e-6), light[..., 3:]
@@ -200,26 +226,26 @@ def photograph(
 class Task(NamedTuple):
     """One picture to take: everything it depends on."""
 
-    mesh: Path
+    cars: tuple[Parked, ...]
     camera_to_world: np.ndarray
     intrinsics: np.ndarray
     side: int
-    seed: tuple[int, ...]  # of the paint and of the occlusion rays
+    seed: tuple[int, ...]  # of the paints and of the occlusion rays
 
 
 class Shot(NamedTuple):
     png: bytes
-    depth: np.ndarray  # uint16 [h w], multiples of DEPTH_UNIT
+    depth: np.ndarray  # [h w], distance along each pixel's ray, 0 where there is no car
 
 
 def take(task: Task) -> Shot:
     """The picture of a task, encoded. A function of its argument alone, so that any process may run it."""
     random = np.random.default_rng([*task.seed, 1])
-    body = paint(random)
-    rgba, depth = photograph(load_car(task.mesh), body, task.camera_to_world, task.intrinsics, task.side, random)
+    scene = assemble(task.cars, [paint(random) for _ in task.cars])
+    rgba, depth = photograph(scene, task.camera_to_world, task.intrinsics, task.side, random)
     file = io.BytesIO()
     Image.fromarray(rgba).save(file, format="PNG")
-    return Shot(file.getvalue(), np.round(depth / DEPTH_UNIT).astype(np.uint16))
+    return Shot(file.getvalue(), depth)
 
 
 def serve() -> None:

@@ -13,6 +13,7 @@ class Source:
     by_hand: what to download otherwise, and what to pass as `source`.
     subset: the part of the archive that is used, as a path in it.
     resolution: of the pictures written; None keeps the files as they are.
+    crop: side of the centred square cut out of each picture first.
     radius, fov_degrees: of the cameras that are made from head angles; EG3D's for faces and cats.
     """
 
@@ -22,9 +23,13 @@ class Source:
     urls: tuple[str, ...] = ()
     subset: str | None = None
     resolution: int | None = None
+    crop: int | None = None
     radius: float = 2.7
     fov_degrees: float = 13.374  # focal length 4.2647 picture widths
 
+
+EMBEDDED = ("cars", "parking")  # rendered here, from meshes that come with the project
+_GIRAFFE = "https://s3.eu-central-1.amazonaws.com/avg-projects/giraffe/data"
 
 SOURCES = {
     "ffhq": Source(
@@ -60,7 +65,15 @@ SOURCES = {
         title="CelebA, 202,599 faces, 178x218 (non-commercial research)",
         page="https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
         by_hand="download img_align_celeba.zip from the Google Drive linked there, then source=img_align_celeba.zip; "
-                "CelebA-HQ as a folder of .npy (GRAF's convention) is read as well, with crop=650",
+                "CelebA-HQ is a set of its own (celebahq)",
+    ),
+    "celebahq": Source(
+        title="CelebA-HQ, 30,000 faces, 1024² (non-commercial research)",
+        page="https://github.com/tkarras/progressive_growing_of_gans",
+        by_hand="make the 1024² pictures as described there, then source=the folder (png, or .npy as GRAF and GIRAFFE "
+                "keep them)",
+        resolution=256,
+        crop=650,
     ),
     "cats": Source(
         title="CAT, about 10,000 cats with nine landmarks (Zhang et al., 2008), cropped by the eyes",
@@ -71,8 +84,57 @@ SOURCES = {
               "https://archive.org/download/CAT_DATASET/CAT_DATASET_02.zip"),
         resolution=128,
     ),
+    "compcars": Source(
+        title="CompCars, 136,726 photographs of cars (non-commercial research), GIRAFFE's archive",
+        page="https://github.com/autonomousvision/giraffe",
+        by_hand="download comprehensive_cars.zip (its scripts/download_dataset.sh), then source=comprehensive_cars.zip",
+        urls=(f"{_GIRAFFE}/comprehensive_cars.zip",),
+        subset="images",
+        resolution=256,
+    ),
+    "churches": Source(
+        title="LSUN churches, 126,227 photographs, the shorter side 256",
+        page="https://github.com/fyu/lsun",
+        by_hand="with its scripts: python download.py -c church_outdoor, unzip church_outdoor_train_lmdb.zip, python "
+                "data.py export church_outdoor_train_lmdb --out_dir church_outdoor --flat; then source=church_outdoor",
+        resolution=256,
+    ),
+    "chairs": Source(
+        title="renders of Photoshape chairs, GIRAFFE's archive",
+        page="https://github.com/autonomousvision/giraffe",
+        by_hand="download chairs.zip (its scripts/download_dataset.sh), then source=chairs.zip",
+        urls=(f"{_GIRAFFE}/chairs.zip",),
+        subset="images",
+    ),
+    "clevr2": Source(
+        title="CLEVR with two objects a picture, rendered by the authors of GIRAFFE",
+        page="https://github.com/autonomousvision/giraffe",
+        by_hand="download clevr2.zip (its scripts/download_dataset.sh), then source=clevr2.zip",
+        urls=(f"{_GIRAFFE}/clevr2.zip",),
+        subset="images",
+    ),
+    "clevr2345": Source(
+        title="CLEVR with two to five objects a picture, rendered by the authors of GIRAFFE",
+        page="https://github.com/autonomousvision/giraffe",
+        by_hand="download clevr2345.zip (its scripts/download_dataset.sh), then source=clevr2345.zip",
+        urls=(f"{_GIRAFFE}/clevr2345.zip",),
+        subset="images",
+    ),
+    "bfm": Source(
+        title="synthetic faces of the Basel Face Model, as GOF trains on them",
+        page="https://github.com/elliottwu/unsup3d",
+        by_hand="download synface.zip (its data/download_synface.sh), then source=synface.zip",
+        urls=("https://www.robots.ox.ac.uk/~vgg/research/unsup3d/data/synface.zip",),
+        subset="train/image",
+    ),
     "cars": Source(
         title="the embedded cars, rendered here from CC0 meshes",
+        page="datasets/cars/README.md",
+        by_hand="nothing: they are also rendered when a run first needs them",
+        resolution=64,
+    ),
+    "parking": Source(
+        title="two to five of the embedded cars in each picture, rendered here",
         page="datasets/cars/README.md",
         by_hand="nothing: they are also rendered when a run first needs them",
         resolution=64,
@@ -89,5 +151,5 @@ def command(name: str, out: object) -> str:
     """The command line that makes the set."""
     if name not in SOURCES:
         return f"python prepare.py folder source=YOUR_IMAGES out={out}"
-    given = "" if SOURCES[name].urls or name == "cars" else " source=WHAT_YOU_DOWNLOADED"
+    given = "" if SOURCES[name].urls or name in EMBEDDED else " source=WHAT_YOU_DOWNLOADED"
     return f"python prepare.py {name}{given} out={out}"

@@ -1,6 +1,7 @@
-"""The embedded data set: cars rendered from CC0 meshes on first use, with exact cameras and depth, at any resolution.
+"""The embedded data sets: cars rendered from CC0 meshes on first use, with exact cameras and depth, at any resolution.
 
-Stands in for CARLA as GRAF uses it: one object on white, cameras uniform over the upper hemisphere, field of view 30°.
+`EmbeddedCars` stands in for CARLA as GRAF uses it: one object on white, cameras uniform over the upper hemisphere,
+field of view 30°. `ParkedCars` stands in for CLEVR as GIRAFFE uses it: several objects, seen by its camera.
 """
 
 import json
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,6 @@ from tqdm import tqdm
 
 from datasets import raycast
 from datasets.images import ImageCollection
-from gan3d.cameras import Camera
 from gan3d.poses import Spherical, Uniform, UniformArea
 
 try:
@@ -36,14 +37,45 @@ MESHES = Path(__file__).parent / "cars"
 HELD_OUT = ("kenney-suv", "kenney-van", "qbasic-racecar", "qreal-normalcar2", "qreal-sportscar2")
 POSES = Spherical(
     radius=2.35, azimuth=Uniform(0, 360), polar=UniformArea(10, 88), fov_degrees=30, up="z", target=(0, 0, 0.18)
-)
+)  # also in configs/data/cars.yaml
+PARKING_POSES = Spherical(radius=2.732, azimuth=Uniform(0, 0), polar=Uniform(60, 70), fov_degrees=44, up="z")
+PARKING_RADIUS = 0.7  # of the middles of cars; 1 with the cars themselves: what PARKING_POSES see whole
+PARKING_SPACES = 5  # more hardly fit
+PARKED_LENGTH = 0.5
+CAR_REACH = 0.56  # of a car around its middle, in its lengths; that of the meshes is 0.55 at most
 
 
-class EmbeddedCars(ImageCollection):
-    """Low-poly cars with random paint on white. World: z up, the car 1 long along x, wheels on z = 0.
+class RenderedSet(ImageCollection):
+    """A set that is rendered on first use into a folder below `cache` (PNG with alpha, dataset.json, depth), which any
+    other tool can read; later runs read it back.
 
-    Rendered once into a folder below `cache` (PNG with alpha, dataset.json, depth), which any other tool can read;
-    later runs read it back. Picture i depends on (seed, i) alone: not on the count, nor on how many processes render.
+    Args:
+        folder: its name says all that the pictures depend on.
+        task: picture i as a function of i alone: neither of the count, nor of how many processes render.
+        models: what dataset.json says of a picture's models.
+        depth_unit: depth is kept in 16 bits, as multiples of this.
+    """
+
+    def __init__(self, *, name: str, cache: str | os.PathLike, folder: str, resolution: int, images: int,
+                 task: Callable[[int], raycast.Task], models: Callable[[raycast.Task], Any], depth_unit: float):
+        if images < 1:
+            raise ValueError(f"images must be positive, got {images}")
+        root = Path(cache).expanduser().absolute() / folder
+        if not (root / "dataset.json").exists():
+            with _one_at_a_time(root.parent):
+                if not (root / "dataset.json").exists():  # unless another process was faster
+                    _render_set(root, [task(index) for index in range(images)], models, depth_unit)
+        self.depth_unit = depth_unit
+        super().__init__(root=root, resolution=resolution, name=name, background=(1.0, 1.0, 1.0))
+
+    def depth(self, index: int) -> Float[Tensor, "h w"]:
+        """Distance along the ray through each pixel's centre, to ± half a depth_unit; 0 where there is no car."""
+        depth = np.load(self.root / "depth.npy", mmap_mode="r")
+        return torch.from_numpy(depth[index].astype(np.float32)) * self.depth_unit
+
+
+class EmbeddedCars(RenderedSet):
+    """One low-poly car with random paint on white. World: z up, the car 1 long along x, wheels on z = 0.
 
     Args:
         cache: where rendered sets are kept.
@@ -52,61 +84,97 @@ class EmbeddedCars(ImageCollection):
     """
 
     def __init__(self, *, resolution: int, images: int, seed: int, cache: str | os.PathLike, held_out: bool = False):
-        if images < 1:
-            raise ValueError(f"images must be positive, got {images}")
-        kind = "held-out" if held_out else "train"
-        folder = Path(cache).expanduser().absolute() / f"{kind}-{resolution}px-{images}-seed{seed}-v{VERSION}"
-        if not (folder / "dataset.json").exists():
-            with _one_at_a_time(folder.parent):
-                if not (folder / "dataset.json").exists():  # unless another process was faster
-                    _render_set(folder, resolution, images, seed, held_out)
-        super().__init__(root=folder, resolution=resolution, name="cars", background=(1.0, 1.0, 1.0))
+        meshes = _meshes(held_out)
 
-    def depth(self, index: int) -> Float[Tensor, "h w"]:
-        """Distance along the ray through each pixel's centre, scene units, to ± 2.5e-5; 0 where there is no car."""
-        depth = np.load(self.root / "depth.npy", mmap_mode="r")
-        return torch.from_numpy(depth[index].astype(np.float32)) * raycast.DEPTH_UNIT
+        def task(index: int) -> raycast.Task:
+            random = np.random.default_rng([seed, index, held_out])
+            mesh = meshes[random.integers(len(meshes))]
+            return _task(POSES, random, (raycast.Parked(mesh),), resolution, (seed, index, held_out))
+
+        folder = f"{_kind(held_out)}-{resolution}px-{images}-seed{seed}-v{VERSION}"
+        super().__init__(name="cars", cache=cache, folder=folder, resolution=resolution, images=images, task=task,
+                         models=lambda task: task.cars[0].mesh.stem, depth_unit=5e-5)
 
 
-def camera_of(random: np.random.Generator) -> Camera:
-    """One camera of the prior `POSES` (also in configs/data/cars.yaml), as a batch of one."""
+class ParkedCars(RenderedSet):
+    """Several of these cars, each half a unit long, anywhere on a round place of white ground, turned anyhow.
+
+    What CLEVR is to GIRAFFE: all cameras stand on one side, the objects turn, and their number varies. No two cars
+    touch, and all are in the picture. dataset.json lists the models of each picture under "models".
+
+    Args:
+        cars: fewest and most cars of a picture; all numbers between are equally likely. At most 5.
+    """
+
+    def __init__(self, *, resolution: int, images: int, seed: int, cache: str | os.PathLike, cars: Sequence[int],
+                 held_out: bool = False):
+        fewest, most = cars
+        if not 1 <= fewest <= most <= PARKING_SPACES:
+            raise ValueError(f"cars must be [fewest, most] with 1 <= fewest <= most <= {PARKING_SPACES}, got {cars}")
+        meshes = _meshes(held_out)
+
+        def task(index: int) -> raycast.Task:
+            random = np.random.default_rng([seed, index, held_out, 2])  # 2: not the numbers of the single cars
+            places = _places(random, int(random.integers(fewest, most + 1)))
+            parked = tuple(raycast.Parked(meshes[random.integers(len(meshes))], (x, y), random.uniform(0, 2 * np.pi),
+                                          PARKED_LENGTH) for x, y in places.tolist())
+            return _task(PARKING_POSES, random, parked, resolution, (seed, index, held_out, 2))
+
+        folder = f"parked-{_kind(held_out)}-{resolution}px-{images}-{fewest}to{most}-seed{seed}-v{VERSION}"
+        super().__init__(name="parking", cache=cache, folder=folder, resolution=resolution, images=images, task=task,
+                         models=lambda task: [car.mesh.stem for car in task.cars], depth_unit=1e-4)
+
+
+def _kind(held_out: bool) -> str:
+    return "held-out" if held_out else "train"
+
+
+def _meshes(held_out: bool) -> list[Path]:
+    return sorted(path for path in (MESHES / "glb").glob("*.glb") if (path.stem in HELD_OUT) == held_out)
+
+
+def _places(random: np.random.Generator, count: int) -> Float[np.ndarray, "n 2"]:
+    """Middles of cars, uniform on the round place, given that no two cars touch, however they are turned."""
+    while True:  # of five cars one try in 1,000 succeeds
+        u = random.random((256, count, 2))
+        radius, angle = PARKING_RADIUS * np.sqrt(u[..., 0]), 2 * np.pi * u[..., 1]
+        places = np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
+        apart = np.linalg.norm(places[:, :, None] - places[:, None], axis=-1) + 9 * np.eye(count)
+        free = np.flatnonzero((apart > 2 * PARKED_LENGTH * CAR_REACH).all((1, 2)))
+        if len(free):
+            return places[free[0]]
+
+
+def _task(poses: Spherical, random: np.random.Generator, cars: tuple[raycast.Parked, ...], resolution: int,
+          seed: tuple[int, ...]) -> raycast.Task:
+    """These cars before a camera drawn from the poses."""
     u = torch.from_numpy(random.random(2)).float()
-    return POSES.camera(POSES.azimuth.quantile(u[:1]), POSES.polar.quantile(u[1:]), torch.full((1,), POSES.radius))
+    camera = poses.camera(poses.azimuth.quantile(u[:1]), poses.polar.quantile(u[1:]), torch.full((1,), poses.radius))
+    return raycast.Task(cars, camera.camera_to_world[0].double().numpy(), camera.intrinsics[0].double().numpy(),
+                        resolution, seed)
 
 
-def _plan(images: int, seed: int, held_out: bool) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """For each picture: model, camera_to_world, intrinsics."""
-    models = sorted(path.stem for path in (MESHES / "glb").glob("*.glb") if (path.stem in HELD_OUT) == held_out)
-    plan = []
-    for index in range(images):
-        random = np.random.default_rng([seed, index, held_out])
-        model = models[random.integers(len(models))]
-        camera = camera_of(random)
-        plan.append((model, camera.camera_to_world[0].double().numpy(), camera.intrinsics[0].double().numpy()))
-    return plan
-
-
-def _render_set(folder: Path, resolution: int, images: int, seed: int, held_out: bool) -> None:
+def _render_set(folder: Path, tasks: list[raycast.Task], models: Callable[[raycast.Task], Any], depth_unit: float
+                ) -> None:
     """Render into a folder of another name, and give it its own when it is complete. The caller holds the lock."""
     for leftover in folder.parent.glob(".rendering-*"):
         shutil.rmtree(leftover)
     shutil.rmtree(folder, ignore_errors=True)
     making = Path(tempfile.mkdtemp(prefix=".rendering-", dir=folder.parent))
+    images, side = len(tasks), tasks[0].side
     try:
         (making / "images").mkdir()
-        plan = _plan(images, seed, held_out)
-        tasks = [raycast.Task(MESHES / "glb" / f"{model}.glb", pose, intrinsics, resolution, (seed, index, held_out))
-                 for index, (model, pose, intrinsics) in enumerate(plan)]
-        depth = np.zeros((images, resolution, resolution), np.uint16)
-        title = f"rendering {images} cars at {resolution}x{resolution} (once, into {folder.parent})"
+        depth = np.zeros((images, side, side), np.uint16)
+        title = f"rendering {images} pictures of cars at {side}x{side} (once, into {folder.parent})"
         with closing(_shots(tasks)) as shots:  # type: ignore[type-var]
             for index, shot in enumerate(tqdm(shots, desc=title, total=images, unit="image", mininterval=1)):
                 (making / "images" / f"{index:06d}.png").write_bytes(shot.png)
-                depth[index] = shot.depth
+                depth[index] = np.round(shot.depth / depth_unit)
         np.save(making / "depth.npy", depth)
-        labels = [[f"images/{index:06d}.png", [*pose.ravel().tolist(), *intrinsics.ravel().tolist()]]
-                  for index, (_, pose, intrinsics) in enumerate(plan)]
-        (making / "dataset.json").write_text(json.dumps({"labels": labels, "models": [model for model, _, _ in plan]}))
+        cameras = [[*task.camera_to_world.ravel().tolist(), *task.intrinsics.ravel().tolist()] for task in tasks]
+        told = {"labels": [[f"images/{index:06d}.png", camera] for index, camera in enumerate(cameras)],
+                "models": [models(task) for task in tasks]}
+        (making / "dataset.json").write_text(json.dumps(told))
         making.chmod(0o755)
         making.replace(folder)
     finally:

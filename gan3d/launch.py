@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-EMBEDDED = "cars"  # the data set that ships with the project
+EMBEDDED = ("cars", "parking")  # the data sets that ship with the project
 
 
 class Stop(SystemExit):
@@ -62,9 +62,9 @@ def quiet() -> None:
 
 
 def with_default_scale(arguments: list[str]) -> list[str]:
-    """The embedded data set is trained at scale=mini unless the user says otherwise; everything else at scale=paper."""
+    """Embedded data sets are trained at scale=mini unless the user says otherwise; everything else at scale=paper."""
     given = dict(a.split("=", 1) for a in arguments if "=" in a and not a.startswith("-"))
-    if "scale" in given or given.get("data", EMBEDDED) != EMBEDDED or "resume" in given or "checkpoint" in given:
+    if "scale" in given or given.get("data", "cars") not in EMBEDDED or "resume" in given or "checkpoint" in given:
         return arguments
     return [*arguments, "scale=mini"] if Path(sys.argv[0]).name in ("train.py", "") else arguments
 
@@ -375,9 +375,9 @@ def official_config(path: Path, cfg: Any, numbers: Mapping[str, Any], dataset: s
 
 
 def data_sets(model: str) -> list[str]:
-    """Those for whose cameras the method has an experiment; not the embedded one, and no folder of anything."""
+    """Those for whose cameras the method has an experiment; not the embedded ones, and no folder of anything."""
     names = [path.stem.removeprefix(f"{model}_") for path in (CONFIGS / "experiment").glob(f"{model}_*.yaml")]
-    return sorted(name for name in names if name not in (EMBEDDED, "folder"))
+    return sorted(name for name in names if name not in (*EMBEDDED, "folder"))
 
 
 def known_data(dataset: str, model: str) -> str | None:
