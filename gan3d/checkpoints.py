@@ -180,7 +180,17 @@ def read_parts(path: Path) -> dict[str, Any]:
         return {"ema" if isinstance(tree.state, dict) and "shadow_params" in tree.state else "generator": tree}
     if not isinstance(tree, dict):
         raise CheckpointError(f"it holds a {type(tree).__name__}, not the networks of a GAN")
-    return tree
+    return tree | by_network(tree["model"]) if isinstance(tree.get("model"), dict) else tree
+
+
+def by_network(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of a module that holds all networks, taken apart: {"generator": {…}, "discriminator": {…}}."""
+    parts: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if rest:
+            parts.setdefault(part, {})[rest] = tensor
+    return parts
 
 
 def read_bundle(archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) -> dict[str, Any]:

@@ -273,6 +273,7 @@ def load_run(checkpoint: str | Path, cfg: Any = None, with_data: bool = False) -
         prefix = "averages.0.average."
         state = {k[len(prefix):]: v for k, v in saved["state_dict"].items() if k.startswith(prefix)}
         progress, cameras, folder, stated = saved["progress"], saved["cameras"], path.parent.parent, False
+        trained = progress["step"]
     else:
         official = checkpoints.read_official(path, official_method(path, cfg), ("generator", "generator_ema"))
         config = official_config(path, cfg, official.numbers, official.dataset)
@@ -282,13 +283,14 @@ def load_run(checkpoint: str | Path, cfg: Any = None, with_data: bool = False) -
                   f"name their folder.", file=sys.stderr)
         folder = Path(config["runs"]) / f"{path.resolve().stem}-official-{fingerprint(state)}"
         progress, cameras = {"step": 0, "seconds": 0.0}, None
+        trained = config["model"]["total_steps"]  # what a method schedules in its generator has come to its end
         stated = bool(official.numbers)
         if stated:  # the sizes are compared with the tensors before memory is asked for
             with torch.device("meta"):
                 fill(instantiate(config["model"]["generator"], _convert_="all"), state, path, config, stated)
     generator = instantiate(config["model"]["generator"], _convert_="all")
     fill(generator, state, path, config, stated)
-    generator.before_step(progress["step"])
+    generator.before_step(trained)
     poses = instantiate(config["model"]["poses"], _convert_="all")
     if cameras is not None:
         from gan3d.cameras import Camera

@@ -68,6 +68,8 @@ class Spherical:
         azimuth, polar: laws of the two angles (`Uniform`, `UniformArea`, `Gaussian`); see `cameras.sphere_point`.
         fov_degrees: horizontal field of view.
         up: "z" or "y", the axis that points up in this world.
+        orbit: azimuths that `path` covers, where the prior's own do not show the object from its sides: a model whose
+            objects turn before a fixed camera (GIRAFFE). None: the prior's own.
     """
 
     radius: Number | Sequence[Number]
@@ -76,6 +78,7 @@ class Spherical:
     fov_degrees: Number
     up: str = "z"
     target: Sequence[Number] = field(default=(0.0, 0.0, 0.0))
+    orbit: Uniform | None = None
 
     def __post_init__(self):
         if self.up not in ("y", "z"):
@@ -95,13 +98,14 @@ class Spherical:
     def path(self, frames: int) -> Camera:
         """A closed orbit: the whole circle where the azimuth covers it, otherwise a swing to ±2 σ (or the ends)."""
         phase = torch.arange(frames) / frames
-        full = isinstance(self.azimuth, Uniform) and self.azimuth.high - self.azimuth.low >= 359
+        law = self.orbit or self.azimuth
+        full = isinstance(law, Uniform) and law.high - law.low >= 359
         swing = phase if full else 0.5 + 0.477 * torch.sin(2 * math.pi * phase)  # quantile 0.977 is 2 σ
         polar = self.polar.quantile(torch.full_like(phase, 0.7 if full else 0.5))
         if not full:
             polar = self.polar.quantile(0.5 + 0.3 * torch.cos(2 * math.pi * phase))
         radius = torch.full_like(phase, sum(self.radius_range) / 2)
-        return self.camera(self.azimuth.quantile(swing), polar, radius)
+        return self.camera(law.quantile(swing), polar, radius)
 
     def angles(self, camera: Camera) -> Float[Tensor, "b 2"]:
         target = camera.position.new_tensor(self.target)

@@ -1,5 +1,6 @@
 """What changes evenly while a model trains."""
 
+import math
 from typing import NamedTuple
 
 from gan3d.cameras import Number
@@ -14,6 +15,21 @@ class Ramp(NamedTuple):
 
     def __call__(self, step: int) -> Number:
         return self.last if step >= self.steps else self.first + (self.last - self.first) * (step / self.steps)
+
+
+class Exponential(NamedTuple):
+    """From `first` at step 0 by the factor e^rate a step to `last`, and `last` from then on.
+
+    first and last are positive, and the rate leads from one to the other; or they are equal.
+    """
+
+    first: Number
+    last: Number
+    rate: float
+
+    def __call__(self, step: int) -> Number:
+        done = self.first == self.last or step >= math.log(self.last / self.first) / self.rate
+        return self.last if done else self.first * math.exp(self.rate * step)
 
 
 class Growth(NamedTuple):

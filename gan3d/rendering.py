@@ -77,14 +77,19 @@ def render_chunks(render: Callable[[Rays], Rendering], rays: Rays, chunk: int | 
                      torch.cat([p.opacity for p in parts], -1))
 
 
-def density_normals(field: Field, points: Float[Tensor, "*b n s 3"]) -> Float[Tensor, "*b n s 3"]:
-    """Unit normals −∇density/‖∇density‖ at points, by automatic differentiation; zero where the density is flat."""
+def density_normals(
+    field: Field, points: Float[Tensor, "*b n s 3"], create_graph: bool = False
+) -> Float[Tensor, "*b n s 3"]:
+    """Unit normals −∇density/‖∇density‖ at points, by automatic differentiation; zero where the density is flat.
+
+    create_graph: what the field is made of can be trained through them.
+    """
     with torch.enable_grad():
         points = points.detach().requires_grad_(True)
         forward = torch.zeros_like(points[..., :1, :])
         forward[..., 2] = 1
         raw_density, _ = field(points, forward)
-        (gradient,) = torch.autograd.grad(raw_density.sum(), points)
+        (gradient,) = torch.autograd.grad(raw_density.sum(), points, create_graph=create_graph)
     return -torch.nn.functional.normalize(gradient, dim=-1)
 
 

@@ -120,6 +120,20 @@ def test_paths_go_around_a_full_prior_and_swing_over_a_narrow_one():
     assert step.max() < 0.15  # closed: the last frame is next to the first
 
 
+def test_an_orbit_of_its_own_goes_where_the_prior_does_not():
+    """Cameras before which objects turn (GIRAFFE) stand at one azimuth; the path shows the object from its sides."""
+    fixed = {**GRAF, "azimuth": Uniform(0, 0)}
+    around, swing = Spherical(**fixed, orbit=Uniform(0, 360)), Spherical(**fixed, orbit=Uniform(-35, 35))
+    torch.testing.assert_close(around.path(36).camera_to_world, Spherical(**GRAF).path(36).camera_to_world)
+    azimuth = torch.rad2deg(swing.angles(swing.path(40))[:, 1])
+    assert azimuth.max().item() == pytest.approx(35 * 0.954, abs=0.01)  # quantile 0.977
+    assert azimuth.min().item() == pytest.approx(-35 * 0.954, abs=0.01)
+    still = Spherical(**fixed).sample(9, seeded())
+    for prior in (around, swing):
+        assert torch.equal(prior.sample(9, seeded()).camera_to_world, still.camera_to_world)
+    assert Spherical(**fixed).path(5).position[:, 1].abs().max() < 1e-5
+
+
 def test_an_unknown_up_is_refused_and_the_prior_names_itself():
     with pytest.raises(ValueError, match="up must be"):
         Spherical(**{**GRAF, "up": "x"})

@@ -80,10 +80,11 @@ class ProgressiveDiscriminator(nn.Module):
         down: how a block halves the resolution, see `ResidualBlock`.
         latent_dim: width of the head that guesses the latent; 0 for none.
         pose: whether a head guesses the camera's angles (polar, azimuth; radians).
+        entries: at how many of the resolutions, the largest first, pictures may enter; None: at all.
     """
 
     def __init__(self, *, channels: Sequence[int], coord: bool, down: Literal["stride", "pool"], latent_dim: int,
-                 pose: bool):
+                 pose: bool, entries: int | None = None):
         super().__init__()
         self.resolutions = [2**k for k in range(len(channels), 0, -1)]
         if len(channels) < 2:
@@ -91,7 +92,7 @@ class ProgressiveDiscriminator(nn.Module):
         if down not in ("stride", "pool"):
             raise ValueError(f"down must be 'stride' or 'pool', got {down!r}")
         self.latent_dim, self.pose = latent_dim, pose
-        self.adapters = nn.ModuleList(Conv2d(3, width, 1) for width in channels)
+        self.adapters = nn.ModuleList(Conv2d(3, width, 1) for width in channels[:entries])
         self.blocks = nn.ModuleList(
             ResidualBlock(a, b, coord=coord, down=down) for a, b in zip(channels[:-1], channels[1:], strict=True)
         )
@@ -104,11 +105,12 @@ class ProgressiveDiscriminator(nn.Module):
         The camera is not looked at: pi-GAN's discriminators see pictures alone.
         """
         height, width = images.shape[-2:]
-        if height != width or height not in self.resolutions[:-1]:
-            raise ValueError(f"images are {height}×{width}; it takes squares of {self.resolutions[:-1]}")
+        entries = self.resolutions[:-1][:len(self.adapters)]
+        if height != width or height not in entries:
+            raise ValueError(f"images are {height}×{width}; it takes squares of {entries}")
         start = self.resolutions.index(height)
         x = self.blocks[start](self._adapt(start, images))
-        if fade < 1 and start + 1 < len(self.blocks):  # after the last block there is nothing to blend into
+        if fade < 1 and start + 1 < min(len(self.blocks), len(self.adapters)):  # else there is nothing to blend into
             x = fade * x + (1 - fade) * self._adapt(start + 1, images[..., ::2, ::2])  # nearest
         for block in self.blocks[start + 1:]:
             x = block(x)

@@ -6,7 +6,7 @@ A FiLM layer sin(f ⊙ (W x + b) + p) equals sin((f ⊙ W) x + (f ⊙ b + p)): t
 image instead of two large ones per point, and what remains is a plain sine network whose weights differ by image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -55,6 +55,44 @@ class MappingNetwork(nn.Module):
         return self.layers[-1](self.hidden(z).mean(0, keepdim=True))
 
 
+def film_layers(width: int, depth: int) -> tuple[nn.ModuleList, nn.Linear]:
+    """The sine layers of a body, and the one behind them that also sees the direction, as the released codes start."""
+    layers = nn.ModuleList(nn.Linear(3 if k == 0 else width, width) for k in range(depth))
+    colour_layer = nn.Linear(3 + width, width)  # direction first
+    nn.init.uniform_(layers[0].weight, -1 / 3, 1 / 3)
+    init_linear((*layers[1:], colour_layer))
+    return layers, colour_layer
+
+
+def init_linear(layers: Iterable[nn.Linear]) -> None:
+    """Initial weights of layers before and behind sines."""
+    for layer in layers:
+        bound = (6 / layer.in_features) ** 0.5 / INIT_FREQUENCY
+        nn.init.uniform_(layer.weight, -bound, bound)
+
+
+def num_modulations(width: int, depth: int) -> int:
+    """Length of ws: a raw frequency and a phase for every unit of every sine layer."""
+    return 2 * (depth + 1) * width
+
+
+def fold(
+    layers: nn.ModuleList, colour_layer: nn.Linear, point_scale: Number,
+    directions: Float[Tensor, "b n 1 3"], ws: Float[Tensor, "b m"],
+) -> tuple[Float[Tensor, "b w 3"], Float[Tensor, "b l w w"], Float[Tensor, "b l w"], Float[Tensor, "b n w"]]:
+    """The sine network of each image: `first`, `hidden`, `bias` and `ray_bias` of `sine_stack`.
+
+    ws: all raw frequencies, then all phases, layer by layer, the colour layer's last.
+    """
+    raw, phase = ws.to(colour_layer.weight).unflatten(-1, (2, len(layers) + 1, -1)).unbind(1)
+    frequency = FREQUENCY_SCALE * raw + FREQUENCY_SHIFT  # [b l w]
+    weight = torch.stack([layer.weight for layer in layers[1:]] + [colour_layer.weight[:, 3:]])
+    bias = frequency * torch.stack([layer.bias for layer in (*layers, colour_layer)]) + phase
+    first = frequency[:, 0, :, None] * (layers[0].weight * point_scale)
+    turned = directions[:, :, 0] @ (frequency[:, -1, :, None] * colour_layer.weight[:, :3]).mT  # [b n w]
+    return first, frequency[:, 1:, :, None] * weight, bias[:, :-1], turned + bias[:, -1:]
+
+
 class FiLMSiren(nn.Module):
     """Points and directions → raw density and colour, modulated by ws. pi-GAN, sec. 3.2, fig. 3.
 
@@ -65,20 +103,11 @@ class FiLMSiren(nn.Module):
 
     def __init__(self, *, width: int, depth: int, point_scale: Number):
         super().__init__()
-        self.width, self.depth, self.point_scale = width, depth, point_scale
-        self.layers = nn.ModuleList(nn.Linear(3 if k == 0 else width, width) for k in range(depth))
-        self.density_head = nn.Linear(width, 1)
-        self.colour_layer = nn.Linear(3 + width, width)  # direction first
-        self.colour_head = nn.Linear(width, 3)
-        nn.init.uniform_(self.layers[0].weight, -1 / 3, 1 / 3)
-        for layer in (*self.layers[1:], self.density_head, self.colour_layer, self.colour_head):
-            bound = (6 / layer.in_features) ** 0.5 / INIT_FREQUENCY
-            nn.init.uniform_(layer.weight, -bound, bound)
-
-    @property
-    def num_modulations(self) -> int:
-        """Length of ws: a raw frequency and a phase for every unit of every sine layer."""
-        return 2 * (self.depth + 1) * self.width
+        self.depth, self.point_scale = depth, point_scale
+        self.num_modulations = num_modulations(width, depth)
+        self.layers, self.colour_layer = film_layers(width, depth)
+        self.density_head, self.colour_head = nn.Linear(width, 1), nn.Linear(width, 3)
+        init_linear((self.density_head, self.colour_head))
 
     def forward(
         self, points: Float[Tensor, "b n s 3"], directions: Float[Tensor, "b n 1 3"], ws: Float[Tensor, "b m"]
@@ -88,15 +117,8 @@ class FiLMSiren(nn.Module):
         Always in the precision of the weights, whatever autocast says: the sines' arguments reach tens of radians.
         """
         with torch.autocast(points.device.type, enabled=False):
-            raw, phase = ws.to(self.density_head.weight).unflatten(-1, (2, self.depth + 1, self.width)).unbind(1)
-            frequency = FREQUENCY_SCALE * raw + FREQUENCY_SHIFT  # [b l w]
-            weight = torch.stack([layer.weight for layer in self.layers[1:]] + [self.colour_layer.weight[:, 3:]])
-            bias = torch.stack([layer.bias for layer in (*self.layers, self.colour_layer)])
-            bias = frequency * bias + phase
-            first = frequency[:, 0, :, None] * (self.layers[0].weight * self.point_scale)
-            turned = directions[:, :, 0] @ (frequency[:, -1, :, None] * self.colour_layer.weight[:, :3]).mT  # [b n w]
             heads = [F.pad(self.density_head.weight, (0, 0, 0, 3)), F.pad(self.colour_head.weight, (0, 0, 1, 0))]
-            out = sine_stack(points, first, frequency[:, 1:, :, None] * weight, bias[:, :-1], turned + bias[:, -1:],
+            out = sine_stack(points, *fold(self.layers, self.colour_layer, self.point_scale, directions, ws),
                              torch.stack(heads), (self.depth - 1, self.depth))
             out = out + torch.cat([self.density_head.bias, self.colour_head.bias])
             return out[..., 0], torch.sigmoid(out[..., 1:])

@@ -60,6 +60,7 @@ class GANModule(pl.LightningModule):
         augment: of everything the discriminator sees, after the blur; it follows the logits of photographs (ADA).
         top_k: keep only the best-judged fakes in the generator's loss.
         clip_grad_norm: largest norm of either network's gradient.
+        clip_grad_norm_d: of the discriminator's, where it differs.
         splits: generate and back-propagate the batch in so many parts (same gradient, less memory).
         downsample: how photographs reach a lower stage: "area", or "nearest" as π-GAN's code has it.
         seed: of everything random in training.
@@ -95,6 +96,7 @@ class GANModule(pl.LightningModule):
         augment: Augment | None = None,
         top_k: TopK | None = None,
         clip_grad_norm: Number | None = None,
+        clip_grad_norm_d: Number | None = None,
         splits: int | Mapping[int, int] = 1,
         downsample: str = "area",
         seed: int = 0,
@@ -119,6 +121,7 @@ class GANModule(pl.LightningModule):
         self.dual, self.blur, self.augment = dual, blur, augment
         self.style_mixing, self.path_length = style_mixing, path_length
         self.clip_grad_norm, self.downsample, self.seed = clip_grad_norm, downsample, seed
+        self.clip_grad_norm_d = clip_grad_norm if clip_grad_norm_d is None else clip_grad_norm_d
         self.total_steps, self.budget_minutes = total_steps, budget_minutes
         self.step, self.images_seen, self.seconds = 0, 0, 0.0
         self.config: dict[str, Any] = {}  # as composed; the verb sets it, so that a checkpoint rebuilds its generator
@@ -235,7 +238,7 @@ class GANModule(pl.LightningModule):
             loss = losses.mean() + self.head_losses(verdict, fakes)
             self.propagate((loss + sum(regularizers.values())) / len(parts))
             total = total + losses.mean().detach() / len(parts)
-            for name, value in regularizers.items():
+            for name, value in {**regularizers, **getattr(fakes.images, "scalars", {})}.items():
                 self.log(f"train/{name}", value.detach())
         if self.path_length is not None and self.path_length.due(self.step):
             fakes = self.generate(self.draw(batch, "path").select(slice(0, self.path_length.share(batch))))
@@ -260,8 +263,9 @@ class GANModule(pl.LightningModule):
         for parameter in network.parameters():
             if parameter.grad is not None:  # a single bad number must not end a run of weeks (as StyleGAN2's trainer)
                 torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
-        if self.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(network.parameters(), self.clip_grad_norm)
+        largest = self.clip_grad_norm_d if network is self.discriminator else self.clip_grad_norm
+        if largest is not None:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), largest)
         optimizer.step()
 
     # Its pieces

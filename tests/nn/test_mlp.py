@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gan3d.nn import mlp, parallel
 from gan3d.nn.encodings import positional_encoding
-from gan3d.nn.mlp import RadianceWeights, radiance_mlp, radiance_mlp_plain
+from gan3d.nn.mlp import Packing, RadianceWeights, packed_features, radiance_mlp, radiance_mlp_plain
 
 
 def encode(x):
@@ -139,3 +139,57 @@ def test_autocast_changes_nothing():
     torch.testing.assert_close(colour, full[1], atol=0.05, rtol=0)  # one matrix was rounded to bfloat16
     (density.sum() + colour.sum()).backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves(w))
+
+
+def packed(w, scenes=(7, 0, 4), rays=3):
+    """Points of three images, of which one has none, each point on a ray of its own choice."""
+    generator = torch.Generator().manual_seed(3)
+    count = sum(scenes)
+    owner = torch.arange(len(scenes)).repeat_interleave(torch.tensor(scenes))
+    packing = Packing(scenes, owner * rays + torch.randint(0, rays, (count,), generator=generator))
+    x, noise, ray_bias = (torch.randn(*shape, generator=generator, dtype=torch.float64)
+                          for shape in ((count, 3), (count,), (len(scenes) * rays, len(w.branch))))
+    return x, ray_bias.requires_grad_(), noise, packing, owner
+
+
+@pytest.mark.smoke
+def test_packed_features_are_those_of_each_point_alone_where_something_is():
+    w = weights(images=3, branch=3)._replace(colour=None, colour_bias=None)
+    x, ray_bias, noise, packing, owner = packed(w)
+    density, features = packed_features(x, ray_bias, noise, packing, w, encode)
+    whole = w._replace(colour=torch.eye(3).double(), colour_bias=torch.zeros(3).double())
+    for k in range(len(x)):
+        mine = whole._replace(biases=tuple(bias[owner[k]][None] for bias in w.biases))
+        alone, branch = plain(x[None, k : k + 1], ray_bias[packing.ray[k]][None, None], mine)
+        torch.testing.assert_close(density[k], alone[0, 0] + noise[k])
+        torch.testing.assert_close(features[k], branch[0, 0] * (density[k] > 0))
+    assert 0 < (density > 0).sum() < len(x)
+
+
+def test_gradients_of_packed_features_are_the_plain_ones():
+    w = weights(images=3)._replace(colour=None, colour_bias=None)
+    x, ray_bias, noise, packing, _ = packed(w)
+    found = []
+    for points in (x, x.clone().requires_grad_()):  # the second goes the plain way
+        density, features = packed_features(points, ray_bias, noise, packing, w, encode)
+        loss = (density.relu()[:, None] * features).sin().sum()
+        found.append((density, features, *torch.autograd.grad(loss, [ray_bias, *leaves(w)], create_graph=True)))
+    torch.testing.assert_close(*found)
+    again = [torch.autograd.grad(values[2].square().sum(), w.trunk) for values in found]
+    torch.testing.assert_close(*again)
+
+
+def test_features_are_computed_only_where_something_is():
+    w = weights(images=3)._replace(colour=None, colour_bias=None)
+    x, ray_bias, noise, packing, _ = packed(w)
+
+    def flops(noise):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            packed_features(x, ray_bias, noise, packing, w, encode)
+        return counter.get_total_flops()
+
+    assert flops(noise + 1e9) - flops(noise - 1e9) == 2 * len(x) * 6 * 4  # the branch
+    nothing = Packing((0, 0, 0), torch.zeros(0, dtype=torch.long))
+    density, features = packed_features(x[:0], ray_bias, noise[:0], nothing, w, encode)
+    assert density.shape == (0,) and features.shape == (0, 4)
+    assert all(gradient.abs().sum() == 0 for gradient in torch.autograd.grad(features.sum(), [ray_bias, *w.trunk]))
