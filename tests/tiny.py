@@ -12,7 +12,9 @@ TINY = {
                   "model.discriminator.channel_base=64", "model.discriminator.channel_max=8",
                   "+model.path_length._target_=gan3d.losses.PathLength", "+model.path_length.weight=2",
                   "+model.path_length.every=4", "model.style_mixing=0.9"],
+    "giraffe": ["model.generator.objects.width=8", "model.generator.background.width=8", "model.generator.features=8",
+                "model.generator.samples_per_ray=12", "model.discriminator.channels=8"],
 }
 COMMON = ["data=cars", "scale=mini", "data.resolution=32", "model.batch_size=2"]
 SIDE = 32
-ONE_SIZE = {"eg3d", "stylenerf"}  # draw SIDE² pictures only: their upsampler ends there
+ONE_SIZE = {"eg3d", "stylenerf", "giraffe"}  # draw SIDE² pictures only: their upsampler ends there
