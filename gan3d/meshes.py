@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gan3d.cameras import Camera, Number
 from gan3d.pictures import replacing, surface_depth
-from gan3d.rays import Bounds, camera_rays, full_grid
+from gan3d.rays import Bounds, Rays, camera_rays, full_grid
 from gan3d.views import looking, photograph
 
 POINTS_PER_CALL = 1 << 17  # asked of a field at once: some hundred MB in the widest network
@@ -148,8 +148,12 @@ def surface_level(generator: Any, ready: Any, cameras: Camera, resolution: int) 
     to rest inside the wall, where the density is no longer rising; the surface is on the way there. Rays that end in
     the last tenth of their way show the background, which has hardly any density: a closing sample stops them.
 
+    A generator whose raw density has a level of its own (an occupancy's logit: 0) says so by `surface_level`.
+
     Raises: ValueError if no pixel is opaque, or the rays end in raw densities below 0, where nothing is solid.
     """
+    if (level := getattr(generator, "surface_level", None)) is not None:
+        return level
     seen = photograph(generator, [ready], cameras, resolution)
     size = (seen.depth.shape[-2], seen.depth.shape[-1])
     rays = camera_rays(cameras.to("cpu"), full_grid(*size), generator.bounds, size)
@@ -210,6 +214,63 @@ def vertex_colours(generator: Any, ready: Any, mesh: Mesh, level: Number, reach:
                 features = generator.colour(ready, features[None].to(device))[0].float().cpu()
         colours.append(features[:, :3].clamp(0, 1))
     return torch.cat(colours)
+
+
+def roughness(mesh: Mesh) -> float:
+    """How rough the surface is: the mean angle between the normals of faces that share an edge, in degrees, where each
+    edge counts by its length. 0 for a plane; of a smooth surface it falls with the side of the voxels, so objects are
+    compared on equal grids.
+
+    Raises: ValueError if no two faces share an edge.
+    """
+    vertices = mesh.vertices.double()
+    a, b, c = vertices[mesh.faces].unbind(1)
+    normals = torch.linalg.cross(b - a, c - a)
+    edges = mesh.faces[:, [0, 1, 1, 2, 2, 0]].view(-1, 2).sort(-1).values
+    face = torch.arange(len(mesh.faces)).repeat_interleave(3)
+    order = (edges[:, 0] * len(vertices) + edges[:, 1]).argsort()
+    edges, face = edges[order], face[order]
+    shared = (edges[1:] == edges[:-1]).all(-1)  # neighbours in this order: an edge has at most two faces
+    one, other = normals[face[:-1][shared]], normals[face[1:][shared]]
+    angles = torch.atan2(torch.linalg.cross(one, other).norm(dim=-1), (one * other).sum(-1))
+    start, end = vertices[edges[1:][shared]].unbind(1)
+    lengths = (end - start).norm(dim=-1)
+    if not lengths.any():
+        raise ValueError(f"no two of the mesh's {len(mesh.faces)} faces share an edge: it has no roughness")
+    return math.degrees(float((angles * lengths).sum() / lengths.sum()))
+
+
+def depth_spread(generator: Any, ready: Any, cameras: Camera, resolution: int) -> float:
+    """How thick the surface is that rays see: the standard deviation of depth under a ray's weights, in scene units;
+    mean over the rays of `cameras` that are more than half opaque.
+
+    It is the generator's own `render(field, rays)` that chooses and weighs the samples: the field that it is handed has
+    1, distance and squared distance for its colours.
+
+    Raises: ValueError if no ray is half opaque, or the generator has no such method.
+    """
+    if not hasattr(generator, "render"):
+        raise ValueError(f"{type(generator).__name__} has no render(field, rays), through which its depth is looked at")
+    size, spreads = (resolution, resolution), []
+    with looking(generator) as device:
+        field, behind = generator.field(ready), getattr(generator, "background", None)
+        for camera in (cameras[i:i + 1].to(device) for i in range(len(cameras.camera_to_world))):  # type: ignore
+            rays = camera_rays(camera, full_grid(*size, device=device), generator.bounds, size)
+            rays = Rays(rays.origins, rays.directions, rays.near, torch.maximum(rays.near, rays.far))
+            middle = (rays.near + rays.far).mean() / 2  # squares of small numbers lose nothing to rounding
+
+            def moments(points, directions, eye=camera.position[:, None, None], middle=middle):
+                distance = (points - eye).norm(dim=-1, keepdim=True) - middle
+                return field(points, directions)[0], distance ** torch.arange(3, device=device)
+
+            seen = generator.render(moments, rays)
+            sums = seen.features if behind is None else seen.features - (1 - seen.opacity)[..., None] * behind
+            opacity, first, second = sums[seen.opacity > 0.5].double().unbind(-1)
+            spreads.append((second / opacity - (first / opacity) ** 2).clamp(min=0).sqrt())
+    spread = torch.cat(spreads)
+    if not len(spread):
+        raise ValueError("no ray of these cameras is half opaque: there is no surface to measure")
+    return float(spread.mean())
 
 
 def write_ply(path: str | Path, mesh: Mesh) -> Path:

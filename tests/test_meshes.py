@@ -11,6 +11,9 @@ from gan3d import meshes, views
 from gan3d.cameras import Camera, intrinsics_from_fov, look_at
 from gan3d.poses import Gaussian, Spherical, Uniform
 from gan3d.rays import Bounds
+from gan3d.rendering import query
+from gan3d.sampling import deltas, spread
+from gan3d.volume import accumulate, composite
 
 CUBE = torch.tensor([[-0.8, -0.8, -0.8], [0.8, 0.8, 0.8]])
 COLOUR = torch.tensor([[2.0, 0.0, -2.0]])  # the ball's, before its sigmoid
@@ -157,6 +160,71 @@ def test_the_level_is_half_of_where_rays_end():
     # density 200 x at depth x: transmittance exp(−100 x²), mean depth √π/20, where the density is 10 √π
     level = meshes.surface_level(ball, ready(ball), narrow, 4)
     assert level == pytest.approx(5 * math.sqrt(math.pi), rel=0.02)  # samples are 0.001 apart, 1 % of that depth
+
+
+def test_a_generator_states_its_own_level():
+    ball = Ball()
+    ball.surface_level = 3.5
+    assert meshes.surface_level(ball, ready(ball), cameras(2), 4) == 3.5
+
+
+def folded(degrees: float) -> meshes.Mesh:
+    """Two squares, each of two triangles, that share a side and meet at such an angle."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    vertices = torch.tensor([[0.0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0], [1 + c, 0, s], [1 + c, 1, s]])
+    faces = torch.tensor([[0, 2, 1], [2, 3, 1], [2, 4, 3], [4, 5, 3]])
+    return meshes.Mesh(vertices, faces, torch.zeros(6, 3))
+
+
+@pytest.mark.parametrize("degrees", [0.0, 30.0, 150.0])
+def test_roughness_is_the_mean_angle_between_faces_by_the_length_of_their_edge(degrees):
+    # the fold is 1 long, the squares' two diagonals are flat
+    assert meshes.roughness(folded(degrees)) == pytest.approx(degrees / (1 + 2 * math.sqrt(2)), abs=1e-4)
+
+
+def test_roughness_of_a_sphere_falls_with_the_voxels_and_rises_with_noise():
+    coarse, fine = ball_mesh(16)[2], ball_mesh(32)[2]
+    assert meshes.roughness(fine) == pytest.approx(meshes.roughness(coarse) / 2, rel=0.1)
+    rng = torch.Generator().manual_seed(0)
+    moved = fine.vertices + 0.01 * torch.randn(fine.vertices.shape, generator=rng)
+    noisy = meshes.Mesh(moved, fine.faces, fine.normals)
+    assert meshes.roughness(noisy) > 5 * meshes.roughness(fine)
+    turned = meshes.Mesh(fine.vertices, fine.faces.roll(1, -1).flip(0), fine.normals)
+    assert meshes.roughness(turned) == pytest.approx(meshes.roughness(fine))
+    mirrored = trimesh.Trimesh(fine.vertices.numpy(), fine.faces.numpy(), process=False)  # an independent measure
+    lengths = np.linalg.norm(np.diff(fine.vertices.numpy()[mirrored.face_adjacency_edges], axis=1)[:, 0], axis=-1)
+    expected = np.degrees(np.average(mirrored.face_adjacency_angles, weights=lengths))
+    assert meshes.roughness(fine) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_mesh_of_one_face_has_no_roughness():
+    with pytest.raises(ValueError, match="no two of the mesh's 1 faces"):
+        meshes.roughness(meshes.Mesh(torch.eye(3), torch.tensor([[0, 1, 2]]), torch.eye(3)))
+
+
+class Seen(Ball):
+    """A ball that says how it is rendered, before a coloured background."""
+
+    background = torch.tensor([0.2, 0.5, 0.9])
+
+    def render(self, field, rays):
+        t = spread(rays, self.samples_per_ray)
+        raw_density, features = query(field, rays, t)
+        return accumulate(composite(raw_density.relu(), deltas(t)), features, t, self.background)
+
+
+def test_depth_spread_is_the_standard_deviation_along_opaque_rays():
+    path = ball_poses().path(2)
+    narrow = Camera(path.camera_to_world, intrinsics_from_fov(1.0).expand(2, -1, -1))
+    ball = Seen(samples_per_ray=2048)
+    # density 200 x at depth x: transmittance exp(−100 x²), of variance (1 − π/4)/100
+    exact = math.sqrt((1 - math.pi / 4) / 100)
+    assert meshes.depth_spread(ball, ready(ball), narrow, 4) == pytest.approx(exact, rel=0.02)  # samples 0.001 apart
+    with pytest.raises(ValueError, match="no ray of these cameras"):
+        ghost = Seen(radius=-1.0)
+        meshes.depth_spread(ghost, ready(ghost), narrow, 4)
+    with pytest.raises(ValueError, match="Ball has no render"):
+        meshes.depth_spread(Ball(), ready(ball), narrow, 4)
 
 
 def test_what_closes_a_ray_before_the_background_is_no_surface():
