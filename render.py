@@ -1,14 +1,20 @@
-"""python render.py checkpoint=runs/NAME [what=[samples,orbit,mesh,…]]: pictures, videos and solids of a generator."""
+"""python render.py checkpoint=runs/NAME [what=[samples,orbit,mesh,…]]: pictures, videos and solids of a generator.
+
+Scenes of objects (GIRAFFE) are edited as well: what=[rotate,move,add,swap_shape,separation,…].
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gan3d import launch
 
 STILLS = ("samples", "raw", "depth", "normals", "opacity")
-PARTS = (*STILLS, "orbit", "interpolation", "mixing", "truncation", "mesh", "volume")
+FILMS = ("rotate", "move", "scale", "add", "remove")  # of scenes of objects, as are
+TABLES = ("swap_shape", "swap_appearance", "swap_background", "separation")
+PARTS = (*STILLS, "orbit", "circle", "interpolation", "mixing", "truncation", "mesh", "volume", *FILMS, *TABLES)
 
 
 @dataclass
@@ -49,10 +55,14 @@ def render(cfg):
 
     seeds = views.parse_seeds(launch.plain(cfg)["seeds"])
     run = launch.load_run(cfg.checkpoint, cfg)
+    edited = [part for part in what if part in FILMS + TABLES]
+    if edited and not hasattr(run.generator, "scene"):
+        raise launch.Stop(f"what={edited[0]} needs a model that composes scenes of objects, as model=giraffe does; "
+                          f"{run.name} draws its pictures as a whole.")
     run.generator.to(launch.device(cfg.device))
     job = Job(run, cfg, what, seeds, views.draw_latents(run.generator, seeds), views.frontal(run.poses),
               cfg.resolution or run.resolution, Path(cfg.out or run.folder / "renders"))
-    for draw in (stills, truncation, orbit, interpolation, mixing, solids):
+    for draw in (stills, truncation, orbit, interpolation, mixing, solids, edits):
         for path in draw(job):
             print(path, flush=True)
 
@@ -92,12 +102,14 @@ def truncation(job: Job) -> Iterator[Path]:
 
 
 def orbit(job: Job) -> Iterator[Path]:
+    """The cameras of the prior's path, and those that go all around, where the prior does not."""
     from gan3d import views
 
-    if "orbit" in job.what:
-        frames = views.orbit(job.run.generator, job.ws(job.z[: job.cfg.orbit_latents]),
-                             job.run.poses.path(job.cfg.frames), job.resolution, depth="depth" in job.what)
-        yield job.video("orbit", frames, job.cfg.frames)
+    for part, path in (("orbit", job.run.poses.path), ("circle", partial(views.circle, job.run.poses))):
+        if part in job.what:
+            frames = views.orbit(job.run.generator, job.ws(job.z[: job.cfg.orbit_latents]), path(job.cfg.frames),
+                                 job.resolution, depth="depth" in job.what)
+            yield job.video(part, frames, job.cfg.frames)
 
 
 def interpolation(job: Job) -> Iterator[Path]:
@@ -168,8 +180,25 @@ def solids(job: Job) -> Iterator[Path]:
             reach = float((box[1] - box[0]).max()) / 16
             mesh = dataclasses.replace(mesh, rgb=meshes.vertex_colours(generator, ready, mesh, level, reach))
             print(f"seed {seed}: surface at raw density {level:.4g}, {len(mesh.vertices):,} vertices, "
-                  f"{len(mesh.faces):,} faces", flush=True)
+                  f"{len(mesh.faces):,} faces, roughness {meshes.roughness(mesh):.1f}°", flush=True)
             yield meshes.write_ply(job.out / f"mesh_{seed}.ply", mesh)
+
+
+def edits(job: Job) -> Iterator[Path]:
+    """Scenes of objects, changed one by one: videos side by side, or tables."""
+    from gan3d import editing, pictures, views
+
+    keys, generator = launch.plain(job.cfg), job.run.generator
+    stage = editing.Stage(
+        generator, lambda seeds: job.ws(views.draw_latents(generator, seeds)), job.seeds, job.frontal, job.resolution,
+        frames=keys["frames"], side_by_side=keys["orbit_latents"], sources=views.parse_seeds(keys["swap_from"]),
+        object=keys["object"], objects=keys["objects"], factor=keys["grow"])
+    for part in FILMS:
+        if part in job.what:
+            yield job.video(part, stage.film(part), job.cfg.frames)
+    for part in TABLES:
+        if part in job.what:
+            yield pictures.write_png(job.out / f"{part}.png", stage.table(part))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ EG3D = ["model=eg3d", "data=ffhq", "data.resolution=128", "model.poses=${data.po
 SETTINGS = {  # the sizes at which the authors' codes were measured
     "graf": (64, 2, ["model=graf", "data=carla", "data.resolution=64"]),
     "pigan": (32, 2, ["model=pigan", "data=celeba", "data.resolution=32", "model.resolution=32", "model.splits=1"]),
+    "gof": (32, 2, ["model=gof", "data=celeba", "data.resolution=32", "model.resolution=32", "model.splits=1"]),
     "eg3d-narrow": (128, 2, [*EG3D, "model.generator.channel_base=8192", "model.discriminator.channel_base=8192"]),
     "eg3d": (128, 1, EG3D),
     "stylenerf": (64, 1, ["model=stylenerf", "data=ffhq", "data.resolution=64", "model.resolution=64",

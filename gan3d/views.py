@@ -4,6 +4,8 @@ All is drawn without gradients, a few pictures at a time, and leaves PyTorch's g
 that looking at a model never changes its training.
 """
 
+import dataclasses
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from gan3d import pictures
-from gan3d.cameras import Camera, Number
+from gan3d.cameras import AXES, Camera, Number, look_at
 from gan3d.gans import Images
 from gan3d.poses import PosePrior
 from gan3d.rays import Bounds, camera_rays, full_grid
@@ -88,7 +90,8 @@ def prepare(generator: Any, ws: Tensor) -> list[Any]:
 
 def photograph(generator: Any, ws: Tensor | list[Any], cameras: Camera, resolution: int, pixels_per_call: int = 4096
                ) -> Images:
-    """Pictures, on the CPU, of object i through camera i. One camera, or one object, serves all of the other.
+    """Pictures, on the CPU, of object i through camera i. One camera, or one object, serves all of the other. What a
+    method's Images hold beyond the usual comes along.
 
     Args:
         ws: of the objects, or what `prepare` made of them: then a view costs its rendering alone.
@@ -107,8 +110,8 @@ def photograph(generator: Any, ws: Tensor | list[Any], cameras: Camera, resoluti
         with looking(generator) as device:
             part = ws[start:start + batch].to(device) if isinstance(ws, Tensor) else ws[start]
             seen = generator.synthesis(part, cameras[start:start + batch].to(device), resolution)  # type: ignore
-        parts.append([value.float().cpu() for value in (seen.rgb, seen.raw, seen.depth, seen.opacity)])
-    return Images(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        parts.append([getattr(seen, field.name).float().cpu() for field in dataclasses.fields(seen)])
+    return type(seen)(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def frontal(poses: PosePrior) -> Camera:
@@ -124,6 +127,17 @@ def frontal(poses: PosePrior) -> Camera:
         return poses.path(1)
     middle = int((forward @ mean).argmax())
     return cameras[middle:middle + 1]  # type: ignore
+
+
+def circle(poses: PosePrior, frames: int) -> Camera:
+    """The middle camera of the prior on its way around the whole scene, whatever sides the prior knows."""
+    camera, target, up = frontal(poses), torch.tensor(poses.target), torch.tensor(AXES[poses.up])  # type: ignore
+    position = camera.position[0] - target
+    height = (position @ up) * up
+    across, ahead = position - height, torch.linalg.cross(up, position)
+    angle = 2 * math.pi * torch.arange(frames)[:, None] / frames
+    eyes = target + height + angle.cos() * across + angle.sin() * ahead
+    return Camera(look_at(eyes, target, poses.up), camera.intrinsics.expand(frames, -1, -1))  # type: ignore
 
 
 def turns(poses: PosePrior, frames: int, frames_per_turn: int) -> Camera:

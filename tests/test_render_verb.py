@@ -10,6 +10,7 @@ import pytest
 import torch
 import trimesh
 from ball import Ball, ball_poses
+from marbles import Marbles, marble_poses
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -125,6 +126,41 @@ def test_mixing_writes_the_table_and_its_turn(draw):
     assert sorted(files) == ["mixing.mp4", "mixing.png"]
     assert Image.open(files["mixing.png"]).size == (10 * (4 * 18 + 2), 10 * (3 * 18 + 2))
     assert len(iio.imread(files["mixing.mp4"], plugin="pyav")) == 4
+
+
+def test_scenes_are_edited_from_one_command_each(draw):
+    draw.run.generator, draw.run.poses = Marbles().eval(), marble_poses()
+    draw.run.generator.requires_grad_(False)
+    files = draw(what=[*render.FILMS, *render.TABLES], seeds="0-4", orbit_latents=2, object=1, swap_from="5-6")
+    assert sorted(files) == sorted([f"{part}.mp4" for part in render.FILMS] + [f"{part}.png" for part in render.TABLES])
+    for part in render.FILMS:
+        frames = iio.imread(files[f"{part}.mp4"], plugin="pyav")
+        assert len(frames) == 4 and frames.shape[2] > 1.8 * frames.shape[1]  # two scenes side by side
+        assert part == "rotate" or np.abs(frames[1:].astype(int) - frames[0]).mean() > 0.1  # marbles are round
+    side = 16 * 8 + 2  # 16 pixels, enlarged to 128 at least, and the space between
+    for part, rows, columns in (("swap_shape", 6, 3), ("swap_background", 6, 3), ("separation", 5, 4)):
+        width, height = Image.open(files[f"{part}.png"]).size
+        assert columns * side < width < columns * side + 140 and rows * side < height < rows * side + 40
+
+
+@pytest.mark.parametrize("part", render.FILMS + render.TABLES)
+def test_a_generator_without_scenes_says_so_before_anything_is_drawn(draw, part, tmp_path):
+    with pytest.raises(SystemExit, match=f"what={part} needs a model that composes scenes of objects"):
+        draw(what=["samples", part])
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_circle_shows_all_sides_also_where_the_prior_knows_one(draw, monkeypatch):
+    kept = []
+    monkeypatch.setattr(pictures, "write_video", lambda path, frames, fps: kept.append(list(frames)))
+    seen, photograph = [], views.photograph
+    monkeypatch.setattr(views, "photograph", lambda g, ws, cameras, *rest: seen.append(cameras) or photograph(
+        g, ws, cameras, *rest))
+    draw.run.poses.azimuth = Uniform(-20, 20)
+    draw(what="circle", seeds="0-1")
+    positions = torch.cat([camera.position for camera in seen])
+    assert len(kept[0]) == 4 and torch.allclose(positions[:, 0], torch.tensor([1.0, 0, -1, 0]) * positions[0, 0],
+                                                atol=0.2)
 
 
 def test_interpolation_may_turn_the_camera(draw, monkeypatch):
