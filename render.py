@@ -14,7 +14,8 @@ from gan3d import launch
 STILLS = ("samples", "raw", "depth", "normals", "opacity")
 FILMS = ("rotate", "move", "scale", "add", "remove")  # of scenes of objects, as are
 TABLES = ("swap_shape", "swap_appearance", "swap_background", "separation")
-PARTS = (*STILLS, "orbit", "circle", "interpolation", "mixing", "truncation", "mesh", "volume", *FILMS, *TABLES)
+PARTS = (*STILLS, "orbit", "circle", "interpolation", "mixing", "truncation", "mesh", "volume", "manifolds", *FILMS,
+         *TABLES)
 
 
 @dataclass
@@ -62,7 +63,7 @@ def render(cfg):
     run.generator.to(launch.device(cfg.device))
     job = Job(run, cfg, what, seeds, views.draw_latents(run.generator, seeds), views.frontal(run.poses),
               cfg.resolution or run.resolution, Path(cfg.out or run.folder / "renders"))
-    for draw in (stills, truncation, orbit, interpolation, mixing, solids, edits):
+    for draw in (stills, truncation, orbit, interpolation, mixing, solids, layers, edits):
         for path in draw(job):
             print(path, flush=True)
 
@@ -199,6 +200,31 @@ def edits(job: Job) -> Iterator[Path]:
     for part in TABLES:
         if part in job.what:
             yield pictures.write_png(job.out / f"{part}.png", stage.table(part))
+
+
+def layers(job: Job) -> Iterator[Path]:
+    """The manifolds of each seed as textured meshes; says how near their pictures come to the network's."""
+    if "manifolds" not in job.what:
+        return
+    import torch
+
+    from gan3d import manifolds, views
+
+    generator, poses, cfg = job.run.generator, job.run.poses, job.cfg
+    if not hasattr(generator, "manifolds"):
+        raise launch.Stop("what=manifolds: only gram has manifolds; what=mesh draws a surface of any generator")
+    cameras, views_of_it = (poses.sample(n, torch.Generator().manual_seed(cfg.camera_seed + i))
+                            for i, n in enumerate((256, 3)))
+    surfaces = manifolds.find_surfaces(generator, cameras, cfg.manifold_cells, poses.up)
+    for seed, ws in zip(job.seeds, job.ws(job.z).split(1), strict=True):
+        (ready,) = views.prepare(generator, ws)
+        painted = manifolds.paint(generator, ready, surfaces, cfg.manifold_texels or 4 * job.resolution)
+        path = manifolds.write_glb(job.out / f"manifolds_{seed}.glb", painted, job.frontal[0], generator.bounds,
+                                   poses.up)
+        dB = manifolds.fidelity(generator, ready, manifolds.read_glb(path), views_of_it, job.resolution)
+        print(f"seed {seed}: {len(painted)} layers, {sum(len(layer.faces) for layer in painted):,} triangles; against "
+              f"the network from three cameras {', '.join(f'{x:.1f}' for x in dB)} dB", flush=True)
+        yield path
 
 
 if __name__ == "__main__":
