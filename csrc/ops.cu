@@ -5,6 +5,7 @@
 #include "march.cuh"
 #include "octree.cuh"
 #include "sh.cuh"
+#include "sparse_conv.cuh"
 #include "sparse_grid.cuh"
 #include "tiny_mlp.cuh"
 #include "voxels.cuh"

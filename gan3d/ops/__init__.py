@@ -34,6 +34,13 @@ from gan3d.ops.octree import octree_query as octree_query
 from gan3d.ops.octree import octree_traverse as octree_traverse
 from gan3d.ops.octree import refine_octree as refine_octree
 from gan3d.ops.sh import sh as sh
+from gan3d.ops.sparse_conv import KernelMap as KernelMap
+from gan3d.ops.sparse_conv import join_maps as join_maps
+from gan3d.ops.sparse_conv import kernel_map as kernel_map
+from gan3d.ops.sparse_conv import sparse_conv3d as sparse_conv3d
+from gan3d.ops.sparse_conv import sparse_upsample as sparse_upsample
+from gan3d.ops.sparse_conv import upsample_support as upsample_support
+from gan3d.ops.sparse_conv import upsampling_map as upsampling_map
 from gan3d.ops.sparse_grid import sparse_sample as sparse_sample
 from gan3d.ops.sparse_grid import sparse_sample_sh as sparse_sample_sh
 from gan3d.ops.sparse_grid import visibility as visibility

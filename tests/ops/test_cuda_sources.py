@@ -122,6 +122,16 @@ def call_sparse_grid() -> None:
     ops.visibility(voxels, 9 * random(rows), eye, 0.4 * random(99, 3, seed=4) - eye, box, 0.5, 0.1)
 
 
+def call_sparse_conv() -> None:
+    coarse = ops.voxels_from_mask(random(8, 12, 16) < -0.5)
+    fine = ops.upsample_support(coarse)
+    up = ops.upsampling_map(coarse, fine)
+    values = random(up.rows_in, 5).requires_grad_(True)
+    y = ops.sparse_conv3d(values, random(7, 5, 3, 3, 3, seed=1).requires_grad_(True), up)
+    pull(ops.sparse_conv3d(y, random(3, 7, 3, 3, 3, seed=2).requires_grad_(True), ops.kernel_map(fine)))
+    pull(ops.sparse_upsample(values, up))
+
+
 def call_octree() -> None:
     rng = torch.Generator().manual_seed(0)
     tree = ops.Octree(reference.build_octree(torch.randint(0, 16, (40, 3), generator=rng), 4))  # built on the host
@@ -171,6 +181,7 @@ def call_voxels() -> None:
     (call_grids, {"grid_sample_3d", "grid_sample_3d_backward", "triplane_sample", "triplane_sample_backward"}),
     (call_sparse_grid, {"sparse_sample", "sparse_sample_backward", "sparse_sample_sh", "sparse_sample_sh_backward",
                         "visibility"}),
+    (call_sparse_conv, {"neighbour_pairs", "upsampling_pairs", "conv_rows", "conv_rows_weight"}),
     (call_octree, {"octree_query", "octree_traverse"}),
     (call_tiny_mlp, {"tiny_mlp", "tiny_mlp_backward", "sort_by_cell"}),
     (call_voxels, {"voxels_from_mask", "voxels_from_scores", "voxels_from_positions", "rank_words", "voxel_mask",

@@ -17,6 +17,10 @@ from gan3d.ops.reference.octree import build_octree as build_octree
 from gan3d.ops.reference.octree import octree_query as octree_query
 from gan3d.ops.reference.octree import octree_traverse as octree_traverse
 from gan3d.ops.reference.sh import sh as sh
+from gan3d.ops.reference.sparse_conv import conv_rows as conv_rows
+from gan3d.ops.reference.sparse_conv import conv_rows_weight as conv_rows_weight
+from gan3d.ops.reference.sparse_conv import neighbour_pairs as neighbour_pairs
+from gan3d.ops.reference.sparse_conv import upsampling_pairs as upsampling_pairs
 from gan3d.ops.reference.sparse_grid import sparse_sample as sparse_sample
 from gan3d.ops.reference.sparse_grid import sparse_sample_sh as sparse_sample_sh
 from gan3d.ops.reference.sparse_grid import visibility as visibility
