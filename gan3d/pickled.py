@@ -24,6 +24,8 @@ def modules(network: Record) -> Iterator[tuple[str, Record]]:
     while todo:
         path, record = todo.pop()
         visits += 1
+        if path and isinstance(record, Record) and record.state is None:
+            continue  # a part that is made anew by its constructor: the file holds nothing of it
         state = record.state if isinstance(record, Record) and isinstance(record.state, dict) else {}
         if visits > MAX_MODULES or not all(isinstance(state.get(key), dict) for key in INSIDE):
             raise CheckpointError(f"{record!r} at '{path[:80]}' is no network; the file is damaged")

@@ -19,6 +19,14 @@ TINY = {
                   "+model.path_length.every=4", "model.style_mixing=0.9"],
     "giraffe": ["model.generator.objects.width=8", "model.generator.background.width=8", "model.generator.features=8",
                 "model.generator.samples_per_ray=12", "model.discriminator.channels=8"],
+    "voxgraf": ["model.generator.dense_resolution=8", "model.generator.channel_base=64",
+                "model.generator.channel_max=8", "model.generator.channel_min=4", "model.generator.views=3",
+                "model.generator.coverage_weight=1", "model.generator.least_foreground=0.9",
+                "model.generator.depth_variance_weight=0.01", "model.generator.total_variation_weight=0.01",
+                "model.generator.background={_target_: gan3d.gans.voxgraf.Background, w_dim: 64, resolution: 32,"
+                " channel_base: 64, channel_max: 8, channel_min: 4, clamp: 256}",
+                "model.generator.refinement={_target_: gan3d.nn.stylegan3.Refinement, w_dim: 64, width: 4, depth: 3}",
+                "model.discriminator.channel_base=64", "model.discriminator.channel_max=8"],
 }
 COMMON = ["data=cars", "scale=mini", "data.resolution=32", "model.batch_size=2"]
 SIDE = 32
