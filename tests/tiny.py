@@ -8,7 +8,7 @@ TINY = {
             "model.generator.fine_samples=2", "model.generator.surface_from_step=0",
             "model.discriminator.channels=[4,8,8,8,8]"],
     "gram": ["model.generator.width=16", "model.generator.num_manifolds=4", "model.generator.search_samples=6",
-             "model.generator.predictor.width=8", "model.discriminator.channels=[4,8,8,8,8]"],
+             "model.generator.predictor.width=8", "model.resolution=32", "model.discriminator.channels=[4,8,8,8,8]"],
     "eg3d": ["model.generator.channel_base=64", "model.generator.channel_max=8", "model.generator.samples_per_ray=4",
              "model.generator.fine_samples=2", "model.discriminator.channel_base=64",
              "model.discriminator.channel_max=8", "model.generator.camera_conditioning=true"],
