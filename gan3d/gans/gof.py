@@ -6,7 +6,8 @@ z → mapping → ws → FiLM-SIREN, read as an occupancy logit → where each r
 The network is pi-GAN's. Departures from the released code, whose own ways `release_compat` brings back where they
 change the training: intervals are limited to near and far of the rays (there 0.88 and 1.12 whatever the data), and the
 two losses are those that the paper describes (there the opacity prior looks at the red channel, and the normals' x are
-compared with their y). Pictures outside training are not random. `surface_from_step` and `logit_gain` are ours.
+compared with their y). Pictures outside training are not random. `surface_from_step`, `logit_gain` and `logit_bias`
+are ours.
 """
 
 import math
@@ -70,8 +71,9 @@ class GOF(nn.Module):
         opacity_weight: of the prior that makes opacities 0 or 1, by the step.
         normal_weight, normal_offset: weight of the normals' smoothness, and the distance (scene units) over which it is
             taken.
-        logit_gain: the network's logit is multiplied by it. 1: GOF, which starts with occupancies of about ½
-            everywhere; small networks on short runs need shapes to begin with.
+        logit_gain, logit_bias: the logit is gain·(the network's + bias). 1 and 0: GOF, which starts with occupancies of
+            about ½ everywhere. Small networks on short runs need shapes to begin with, and space that is nearly empty:
+            before a white background they else paint the walls of the box.
         last_back: light that passes all samples takes the last one's colour.
         release_compat: see the top of this file.
     """
@@ -100,6 +102,7 @@ class GOF(nn.Module):
         normal_offset: Number,
         pixel_grid: PixelGrid,
         logit_gain: Number = 1.0,
+        logit_bias: Number = 0.0,
         last_back: bool = False,
         release_compat: bool = False,
     ):
@@ -111,7 +114,8 @@ class GOF(nn.Module):
         self.coarse_samples, self.surface_samples, self.fine_samples = coarse_samples, surface_samples, fine_samples
         self.secant_steps, self.interval, self.surface_from_step = secant_steps, interval, surface_from_step
         self.opacity_weight, self.normal_weight, self.normal_offset = opacity_weight, normal_weight, normal_offset
-        self.logit_gain, self.last_back, self.release_compat = logit_gain, last_back, release_compat
+        self.logit_gain, self.logit_bias = logit_gain, logit_bias
+        self.last_back, self.release_compat = last_back, release_compat
         background = None if bounds.background is None else torch.tensor(bounds.background, dtype=torch.float32)
         self.register_buffer("background", background, persistent=False)
         self.register_buffer("step", torch.zeros((), dtype=torch.long), persistent=False)  # averages copy buffers
@@ -134,7 +138,7 @@ class GOF(nn.Module):
 
         def ask(points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
             logit, rgb = self.siren(points, directions, ws)
-            return self.logit_gain * logit, rgb
+            return self.logit_gain * (logit + self.logit_bias), rgb
 
         return ask
 
