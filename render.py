@@ -218,7 +218,7 @@ def layers(job: Job) -> Iterator[Path]:
     surfaces = manifolds.find_surfaces(generator, cameras, cfg.manifold_cells, poses.up)
     for seed, ws in zip(job.seeds, job.ws(job.z).split(1), strict=True):
         (ready,) = views.prepare(generator, ws)
-        painted = manifolds.paint(generator, ready, surfaces, cfg.manifold_texels or 4 * job.resolution)
+        painted = manifolds.paint(generator, ready, surfaces, cfg.manifold_texels or max(4 * job.resolution, 512))
         path = manifolds.write_glb(job.out / f"manifolds_{seed}.glb", painted, job.frontal[0], generator.bounds,
                                    poses.up)
         dB = manifolds.fidelity(generator, ready, manifolds.read_glb(path), views_of_it, job.resolution)
