@@ -29,7 +29,16 @@ class Source:
 
 
 EMBEDDED = ("cars", "parking")  # rendered here, from meshes that come with the project
-_GIRAFFE = "https://s3.eu-central-1.amazonaws.com/avg-projects/giraffe/data"
+
+
+def _of_giraffe(archive: str, title: str, resolution: int | None = None) -> Source:
+    """One of the archives that GIRAFFE's authors offer."""
+    return Source(
+        title=title, page="https://github.com/autonomousvision/giraffe", subset="images", resolution=resolution,
+        by_hand=f"download {archive}.zip (its scripts/download_dataset.sh), then source={archive}.zip",
+        urls=(f"https://s3.eu-central-1.amazonaws.com/avg-projects/giraffe/data/{archive}.zip",))
+
+
 
 SOURCES = {
     "ffhq": Source(
@@ -84,14 +93,8 @@ SOURCES = {
               "https://archive.org/download/CAT_DATASET/CAT_DATASET_02.zip"),
         resolution=128,
     ),
-    "compcars": Source(
-        title="CompCars, 136,726 photographs of cars (non-commercial research), GIRAFFE's archive",
-        page="https://github.com/autonomousvision/giraffe",
-        by_hand="download comprehensive_cars.zip (its scripts/download_dataset.sh), then source=comprehensive_cars.zip",
-        urls=(f"{_GIRAFFE}/comprehensive_cars.zip",),
-        subset="images",
-        resolution=256,
-    ),
+    "compcars": _of_giraffe("comprehensive_cars", "CompCars, 136,726 photographs of cars (non-commercial research), "
+                            "GIRAFFE's archive", resolution=256),
     "churches": Source(
         title="LSUN churches, 126,227 photographs, the shorter side 256",
         page="https://github.com/fyu/lsun",
@@ -99,27 +102,10 @@ SOURCES = {
                 "data.py export church_outdoor_train_lmdb --out_dir church_outdoor --flat; then source=church_outdoor",
         resolution=256,
     ),
-    "chairs": Source(
-        title="renders of Photoshape chairs, GIRAFFE's archive",
-        page="https://github.com/autonomousvision/giraffe",
-        by_hand="download chairs.zip (its scripts/download_dataset.sh), then source=chairs.zip",
-        urls=(f"{_GIRAFFE}/chairs.zip",),
-        subset="images",
-    ),
-    "clevr2": Source(
-        title="CLEVR with two objects a picture, rendered by the authors of GIRAFFE",
-        page="https://github.com/autonomousvision/giraffe",
-        by_hand="download clevr2.zip (its scripts/download_dataset.sh), then source=clevr2.zip",
-        urls=(f"{_GIRAFFE}/clevr2.zip",),
-        subset="images",
-    ),
-    "clevr2345": Source(
-        title="CLEVR with two to five objects a picture, rendered by the authors of GIRAFFE",
-        page="https://github.com/autonomousvision/giraffe",
-        by_hand="download clevr2345.zip (its scripts/download_dataset.sh), then source=clevr2345.zip",
-        urls=(f"{_GIRAFFE}/clevr2345.zip",),
-        subset="images",
-    ),
+    "chairs": _of_giraffe("chairs", "renders of Photoshape chairs, GIRAFFE's archive"),
+    "clevr2": _of_giraffe("clevr2", "CLEVR with two objects a picture, rendered by the authors of GIRAFFE"),
+    "clevr2345": _of_giraffe(
+        "clevr2345", "CLEVR with two to five objects a picture, rendered by the authors of GIRAFFE"),
     "bfm": Source(
         title="synthetic faces of the Basel Face Model, as GOF trains on them",
         page="https://github.com/elliottwu/unsup3d",

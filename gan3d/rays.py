@@ -171,3 +171,12 @@ class PatchSampler:
         scale = lowest + (1 - lowest) * torch.rand(n, device=device)
         offset = (1 - scale)[:, None] * (2 * torch.rand(n, 2, device=device) - 1)
         return Patch(scale, offset, self.size)
+
+
+def picture_rays(
+    camera: Camera, resolution: int, patch: Patch | None, bounds: Bounds, grid: PixelGrid = "centre"
+) -> Rays:
+    """Rays through all pixels of pictures of side `resolution`, row by row, or through the patch's pixels of them."""
+    size = (resolution, resolution)
+    pixels = full_grid(*size, device=camera.position.device) if patch is None else patch.pixels(*size)
+    return camera_rays(camera, pixels, bounds, size, grid)

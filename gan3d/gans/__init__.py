@@ -11,6 +11,7 @@ from gan3d.cost import Cost
 from gan3d.nn.discriminators import Verdict
 from gan3d.rays import Patch
 from gan3d.rendering import Field
+from gan3d.volume import Rendering
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class Images:
     raw: Float[Tensor, "b 3 hr wr"]
     depth: Float[Tensor, "b hr wr"]  # Σ weight·t along the ray, scene units
     opacity: Float[Tensor, "b hr wr"]
+
+
+def as_pictures(seen: Rendering, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """rgb, in [−1, 1], depth and opacity of side × side rays, row by row, that saw rgb in [0, 1]."""
+    square = (side, side)
+    return (2 * seen.features.mT.unflatten(-1, square) - 1, seen.depth.unflatten(-1, square),
+            seen.opacity.unflatten(-1, square))
 
 
 @runtime_checkable

@@ -22,15 +22,14 @@ from torch.nn import functional as F
 
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
-from gan3d.gans import Images
+from gan3d.gans import Images, as_pictures
 from gan3d.nn.siren import FiLMSiren, MappingNetwork
 from gan3d.ramps import Exponential
-from gan3d.rays import Bounds, Patch, PixelGrid, Rays, camera_rays, full_grid
+from gan3d.rays import Bounds, Patch, PixelGrid, Rays, camera_rays, full_grid, picture_rays
 from gan3d.rendering import Field, density_normals, points_along, query, render_chunks, render_hits
 from gan3d.sampling import even_quantiles, merge, sample_pdf, spread
 from gan3d.volume import Rendering, accumulate, composite
 
-LATENTS_IN_MEAN = 10_000  # released code
 RAYS_PER_CHUNK = 1 << 14  # per image, where no gradients are wanted: bounds memory, costs no time
 RELEASED_RANGE = (0.88, 1.12)  # to which the released code limits every interval
 
@@ -127,11 +126,7 @@ class GOF(nn.Module):
         self, z: Float[Tensor, "b z"], camera_condition: Camera | None = None, truncation_psi: Number = 1.0
     ) -> Float[Tensor, "b m"]:
         """All raw frequencies, then all phases. The camera is not looked at; z is a standard normal, not normalised."""
-        ws = self.mapping_network(z)
-        if truncation_psi == 1:
-            return ws
-        mean = self.mapping_network.mean(LATENTS_IN_MEAN, torch.Generator().manual_seed(0))
-        return mean + truncation_psi * (ws - mean)
+        return self.mapping_network.truncated(z, truncation_psi)
 
     def field(self, ws: Float[Tensor, "b m"]) -> Field:
         """The occupancy's logit (its sigmoid is the opacity of a sample, whatever its length) and colour in (0, 1)."""
@@ -150,9 +145,7 @@ class GOF(nn.Module):
         self, ws: Float[Tensor, "b m"], camera: Camera, resolution: int, patch: Patch | None = None
     ) -> Images:
         """Pictures of side `resolution`, or the patch's pixels of such pictures."""
-        size = (resolution, resolution)
-        pixels = full_grid(*size, device=ws.device) if patch is None else patch.pixels(*size)
-        rays = camera_rays(camera, pixels, self.bounds, size, self.pixel_grid)
+        rays = picture_rays(camera, resolution, patch, self.bounds, self.pixel_grid)
         field, traces = self.field(ws), []
 
         def render(part: Rays) -> Rendering:
@@ -163,9 +156,7 @@ class GOF(nn.Module):
         if not torch.is_grad_enabled():
             render = partial(render_chunks, partial(self.render, field), chunk=RAYS_PER_CHUNK)
         seen = render(rays) if self.bounds.aabb is None else render_hits(render, rays, self.background)
-        side = resolution if patch is None else patch.size
-        rgb = 2 * seen.features.mT.unflatten(-1, (side, side)) - 1
-        depth, opacity = seen.depth.unflatten(-1, (side, side)), seen.opacity.unflatten(-1, (side, side))
+        rgb, depth, opacity = as_pictures(seen, resolution if patch is None else patch.size)
         if self.training and traces:
             return SurfaceImages(rgb, rgb, depth, opacity, *traces)
         return Images(rgb, rgb, depth, opacity)

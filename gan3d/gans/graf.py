@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
-from gan3d.gans import Images, Verdict
+from gan3d.gans import Images, Verdict, as_pictures
 from gan3d.nn.convolution import convolve
 from gan3d.nn.encodings import encoding_width, positional_encoding
 from gan3d.nn.mlp import RadianceWeights, radiance_mlp
@@ -215,8 +215,8 @@ class GRAF(nn.Module):
                 chunk = max(1, POINTS_PER_CHUNK // (self.samples_per_ray * len(ws)))
                 render = partial(render_chunks, render, chunk=chunk)
             seen = render(rays) if self.bounds.aabb is None else render_hits(render, rays, self.background)
-        rgb = (2 * seen.features - 1).transpose(-1, -2).reshape(-1, 3, side, side)
-        return Images(rgb, rgb, seen.depth.reshape(-1, side, side), seen.opacity.reshape(-1, side, side))
+        rgb, depth, opacity = as_pictures(seen, side)
+        return Images(rgb, rgb, depth, opacity)
 
     def _rays(self, camera: Camera, pixels: Float[Tensor, "*b n 2"], size: tuple[int, int]) -> Rays:
         """The rays in float64 (float32 on Apple's GPUs, which lack it); the field rounds the points along them.

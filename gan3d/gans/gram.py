@@ -20,15 +20,14 @@ from torch.nn import functional as F
 
 from gan3d.cameras import Camera, Number, condition
 from gan3d.cost import Cost, count_flops
-from gan3d.gans import Images
+from gan3d.gans import Images, as_pictures
 from gan3d.nn.parallel import active_blocks, add_up, all_blocks, block_rows, share_out
 from gan3d.nn.siren import MappingNetwork, film_layers, fold, init_linear, num_modulations, sine_stack
-from gan3d.rays import Bounds, Patch, PixelGrid, Rays, camera_rays, full_grid
+from gan3d.rays import Bounds, Patch, PixelGrid, Rays, picture_rays
 from gan3d.rendering import Field, points_along
 from gan3d.sampling import spread
 from gan3d.volume import Rendering, accumulate, composite
 
-LATENTS_IN_MEAN = 10_000  # released code
 STEEP = 0.05  # released code: where s changes by less within an interval, the crossing is its far end
 WIDER = 0.001  # colours are sigmoids stretched by so much at both ends, so that 0 and 1 can be reached (released code)
 REMEMBERED_BYTES = 1 << 28  # of crossings of cameras seen before
@@ -314,11 +313,7 @@ class GRAM(nn.Module):
         self, z: Float[Tensor, "b z"], camera_condition: Camera | None = None, truncation_psi: Number = 1.0
     ) -> Float[Tensor, "b m"]:
         """All raw frequencies, then all phases. The camera is not looked at; z is a standard normal, not normalised."""
-        ws = self.mapping_network(z)
-        if truncation_psi == 1:
-            return ws
-        mean = self.mapping_network.mean(LATENTS_IN_MEAN, torch.Generator().manual_seed(0))
-        return mean + truncation_psi * (ws - mean)
+        return self.mapping_network.truncated(z, truncation_psi)
 
     def field(self, ws: Float[Tensor, "b m"]) -> Field:
         """raw density (softplus gives the density) and colour in [0, 1], anywhere, on and off the manifolds."""
@@ -344,18 +339,14 @@ class GRAM(nn.Module):
     ) -> Images:
         """Pictures of side `resolution`, or the patch's pixels of such pictures."""
         rays = self.rays(camera, resolution, patch)
-        seen = self.crossings(camera, resolution, patch)
+        seen = self._crossings(rays, camera, resolution, patch)
         raw_density, rgb = self._ask(ws, seen.points, rays.directions[..., None, :], seen.valid)
         rendering = self.composite(seen, raw_density, rgb)
-        side = resolution if patch is None else patch.size
-        image = 2 * rendering.features.mT.unflatten(-1, (side, side)) - 1
-        return Images(image, image, rendering.depth.unflatten(-1, (side, side)),
-                      rendering.opacity.unflatten(-1, (side, side)))
+        image, depth, opacity = as_pictures(rendering, resolution if patch is None else patch.size)
+        return Images(image, image, depth, opacity)
 
     def rays(self, camera: Camera, resolution: int, patch: Patch | None = None) -> Rays:
-        size = (resolution, resolution)
-        pixels = full_grid(*size, device=self.levels.device) if patch is None else patch.pixels(*size)
-        return camera_rays(camera, pixels, self.bounds, size, self.pixel_grid)
+        return picture_rays(camera, resolution, patch, self.bounds, self.pixel_grid)
 
     def crossings(self, camera: Camera, resolution: int, patch: Patch | None = None) -> Crossings:
         """Where the pixels' rays meet the manifolds. Sec. 3.2. Gradients reach the predictor through points and t.
@@ -363,7 +354,9 @@ class GRAM(nn.Module):
         Manifolds belong to the class, not to the object: pictures through one camera share the search, and outside
         training it is remembered, so that further objects in a view that is known cost no search.
         """
-        rays = self.rays(camera, resolution, patch)
+        return self._crossings(self.rays(camera, resolution, patch), camera, resolution, patch)
+
+    def _crossings(self, rays: Rays, camera: Camera, resolution: int, patch: Patch | None) -> Crossings:
         found = self.search(rays) if patch is not None else self._shared(
             rays, [(resolution, *view) for view in condition(camera).tolist()])
         return Crossings(points_along(rays, found.t), *found)

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 
 from gan3d.cameras import Camera, Number
 from gan3d.cost import Cost, count_flops
-from gan3d.gans import Images
+from gan3d.gans import Images, as_pictures
 from gan3d.nn.siren import FiLMSiren, MappingNetwork
 from gan3d.ramps import Ramp
-from gan3d.rays import Bounds, Patch, PixelGrid, Rays, camera_rays, full_grid
+from gan3d.rays import Bounds, Patch, PixelGrid, Rays, picture_rays
 from gan3d.rendering import Field, query, render_chunks, render_hits
 from gan3d.sampling import LAST_DELTA, deltas, even_quantiles, merge, sample_pdf, spread
 from gan3d.volume import Rendering, accumulate, composite
 
-LATENTS_IN_MEAN = 10_000  # released code
 RAYS_PER_CHUNK = 1 << 14  # per image, where no gradients are wanted: bounds memory, costs no time
 
 
@@ -82,15 +81,7 @@ class PiGAN(nn.Module):
         self, z: Float[Tensor, "b z"], camera_condition: Camera | None = None, truncation_psi: Number = 1.0
     ) -> Float[Tensor, "b m"]:
         """All raw frequencies, then all phases. The camera is not looked at; z is a standard normal, not normalised."""
-        ws = self.mapping_network(z)
-        if truncation_psi == 1:
-            return ws
-        mean = self.mean_ws(LATENTS_IN_MEAN, torch.Generator().manual_seed(0))
-        return mean + truncation_psi * (ws - mean)
-
-    def mean_ws(self, n: int, generator: torch.Generator) -> Float[Tensor, "1 m"]:
-        """Mean raw frequencies and phases of `n` latents; nothing is remembered, so it is never stale."""
-        return self.mapping_network.mean(n, generator)
+        return self.mapping_network.truncated(z, truncation_psi)
 
     def field(self, ws: Float[Tensor, "b m"]) -> Field:
         """raw density (ReLU gives the density) and colour in (0, 1)."""
@@ -112,16 +103,13 @@ class PiGAN(nn.Module):
         self, ws: Float[Tensor, "b m"], camera: Camera, resolution: int, patch: Patch | None = None
     ) -> Images:
         """Pictures of side `resolution`, or the patch's pixels of such pictures."""
-        size = (resolution, resolution)
-        pixels = full_grid(*size, device=ws.device) if patch is None else patch.pixels(*size)
-        rays = camera_rays(camera, pixels, self.bounds, size, self.pixel_grid)
+        rays = picture_rays(camera, resolution, patch, self.bounds, self.pixel_grid)
         render = partial(self.render, self.field(ws))
         if not torch.is_grad_enabled():
             render = partial(render_chunks, render, chunk=RAYS_PER_CHUNK)
         seen = render(rays) if self.bounds.aabb is None else render_hits(render, rays, self.background)
-        side = resolution if patch is None else patch.size
-        rgb = 2 * seen.features.mT.unflatten(-1, (side, side)) - 1
-        return Images(rgb, rgb, seen.depth.unflatten(-1, (side, side)), seen.opacity.unflatten(-1, (side, side)))
+        rgb, depth, opacity = as_pictures(seen, resolution if patch is None else patch.size)
+        return Images(rgb, rgb, depth, opacity)
 
     def render(self, field: Field, rays: Rays) -> Rendering:
         """Coarse samples, then fine ones where the coarse found something, all composited together (sec. 3.3).

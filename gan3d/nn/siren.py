@@ -21,6 +21,7 @@ from gan3d.nn.parallel import active_blocks, add_up, all_blocks, block_rows, per
 
 FREQUENCY_SCALE, FREQUENCY_SHIFT = 15.0, 30.0  # frequency = 15·raw + 30 (released code; supp. of pi-GAN)
 INIT_FREQUENCY = 25.0  # released code; SIREN itself has 30
+LATENTS_IN_MEAN = 10_000  # released codes of pi-GAN, GOF and GRAM
 KEPT_BYTES = {"cpu": 1 << 30, "cuda": 1 << 33}  # of activations that one call remembers for its gradient
 
 
@@ -44,6 +45,14 @@ class MappingNetwork(nn.Module):
 
     def forward(self, z: Float[Tensor, "b z"]) -> Float[Tensor, "b o"]:
         return self.layers[-1](self.hidden(z))
+
+    def truncated(self, z: Float[Tensor, "b z"], psi: Number) -> Float[Tensor, "b o"]:
+        """The output moved towards its mean, which is not remembered, so it is never stale. psi 1: not moved."""
+        out = self(z)
+        if psi == 1:
+            return out
+        mean = self.mean(LATENTS_IN_MEAN, torch.Generator().manual_seed(0))
+        return mean + psi * (out - mean)
 
     def mean(self, n: int, generator: torch.Generator) -> Float[Tensor, "1 o"]:
         """Mean output over `n` latents. The last layer is affine, so it is applied once, to the mean of its inputs.

@@ -162,7 +162,7 @@ def test_density_noise_falls_to_nothing_and_is_absent_from_evaluation():
 def test_truncation_moves_ws_towards_their_mean():
     generator = tiny()
     z, _ = inputs()
-    mean = generator.mean_ws(10_000, torch.Generator().manual_seed(0))
+    mean = generator.mapping_network.mean(10_000, torch.Generator().manual_seed(0))
     ws, half, none = (generator.mapping(z, truncation_psi=psi) for psi in (1.0, 0.5, 0.0))
     assert torch.allclose(half, (ws + mean) / 2, atol=1e-6)
     assert torch.allclose(none, mean.expand_as(ws), atol=1e-6)
